@@ -1,0 +1,42 @@
+"""One progress bar for everything that takes more than a moment. Knows nothing about what is being done."""
+
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+T = TypeVar("T")
+
+# Progress and messages go to standard error, so that standard output holds results only.
+console = Console(stderr=True)
+
+
+def progress_bar() -> Progress:
+    """A bar with the count, the elapsed time and the time left; it disappears when it is done."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
+
+
+def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+    """Yield `items` while showing how far we are; silent where standard error is not a terminal."""
+    if total is None and hasattr(items, "__len__"):
+        total = len(items)
+    with progress_bar() as bar:
+        yield from bar.track(items, total=total, description=description)
