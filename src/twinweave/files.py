@@ -12,6 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .errors import DamagedFileError
+
 
 def temporary_sibling(path: Path) -> Path:
     """A fresh name beside `path`, on the same file system, so that a rename to `path` is atomic."""
@@ -79,3 +85,23 @@ def atomic_files_into(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.replace(source, goal)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file, on the CPU. Raises DamagedFileError for a missing, cut or pickled file."""
+    path = Path(path)
+    if not path.is_file():
+        raise DamagedFileError(f"{path} does not exist.")
+    with path.open("rb") as file:
+        head = file.read(4)
+    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        raise DamagedFileError(
+            f"{path} is a pickle under the name of a safetensors file. It is refused, since loading a pickle can run "
+            "any code. Save it again as safetensors where you trust it."
+        )
+    try:
+        return load_file(path)
+    except (SafetensorError, ValueError) as error:
+        raise DamagedFileError(
+            f"{path} is damaged or cut short ({error}). Copy it again from where it came, or save it again."
+        ) from error

@@ -1,0 +1,282 @@
+"""IMSMModel: a PeftModelForCausalLM whose last hidden state is woven from two memories of one set of weights.
+
+Knows nothing about training loops, data or evaluation. The arithmetic is in `gate.py`, the query and the caches in
+`memory.py`, the two passes in `twin.py`, files in `saving.py`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from peft import PeftConfig, PeftModelForCausalLM, TaskType
+from torch import Tensor
+from transformers import Cache, PreTrainedModel
+
+from ..errors import UnsupportedModelError, UsageError, unknown_name
+from ..fingerprint import fingerprint
+from . import saving
+from .config import IMSMConfig
+from .gate import MemoryGate
+from .memory import TwinCache
+from .twin import Call, adapter_layers, adapters_off, prepare_cache, weave
+
+Memory = Literal["original", "enhanced", "interwoven"]
+
+
+def get_imsm_model(
+    base: PreTrainedModel,
+    peft_config: PeftConfig,
+    imsm_config: IMSMConfig | None = None,
+    adapter_name: str = "default",
+    **peft_kwargs: Any,
+) -> "IMSMModel":
+    """Wrap a causal language model: its weights are frozen, an adapter and the gate are trained beside them.
+
+    `base` is changed in place, as by `peft.get_peft_model`; `peft_kwargs` are that function's
+    (`autocast_adapter_dtype`, `low_cpu_mem_usage`). Raises UnsupportedModelError when the model is no causal LM or the adapter does not fit it.
+    """
+    check_base(base)
+    if peft_config.task_type is None:
+        peft_config.task_type = TaskType.CAUSAL_LM
+    check_adapter(peft_config)
+    peft_config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
+    try:
+        return IMSMModel(base, peft_config, imsm_config or IMSMConfig(), adapter_name, **peft_kwargs)
+    except ValueError as error:
+        if "arget modules" not in str(error) and "target_modules" not in str(error):
+            raise
+        names = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)})
+        raise UnsupportedModelError(
+            f"The adapter's target modules {_shown(getattr(peft_config, 'target_modules', None))} match nothing in "
+            f"{type(base).__name__}. Its linear layers are called {', '.join(names)}; name some of them in "
+            "target_modules, or use target_modules='all-linear'."
+        ) from error
+
+
+class IMSMModel(PeftModelForCausalLM):
+    """The siamese model. Made by `get_imsm_model` or `IMSMModel.from_pretrained`.
+
+    Attributes: `gate` (MemoryGate), `imsm_config`, `base_fingerprint`, and `retention`: a float added to the gate's
+    logits, 0 as trained, +inf the original memory, -inf the enhanced one.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        peft_config: PeftConfig,
+        imsm_config: IMSMConfig,
+        adapter_name: str = "default",
+        **peft_kwargs: Any,
+    ) -> None:
+        base_fingerprint = fingerprint(base)  # before the adapter adds its own parameters
+        decoder, head = base.get_decoder(), base.get_output_embeddings()
+        super().__init__(base, peft_config, adapter_name=adapter_name, **peft_kwargs)
+        self.imsm_config = imsm_config
+        self.base_fingerprint = base_fingerprint
+        self.retention = float(imsm_config.retention)
+        width = getattr(head, "in_features", None) or head.weight.shape[-1]
+        self.gate = MemoryGate(width, imsm_config).to(head.weight.device)
+        self._memory: Memory = "interwoven"
+        self._call = Call()
+        decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
+        decoder.register_forward_hook(self._after_decoder, with_kwargs=True)
+
+    # --- the weave ----------------------------------------------------------------------------------------------
+
+    def _before_decoder(self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._memory == "interwoven":
+            prepare_cache(kwargs)
+        elif isinstance(kwargs.get("past_key_values"), TwinCache):
+            raise UsageError(
+                f"This cache holds both memories and cannot be continued with use_memory('{self._memory}'). "
+                "Start that memory with a cache of its own."
+            )
+
+    def _after_decoder(
+        self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        if self._memory != "interwoven":
+            return output
+        layers = adapter_layers(self.base_model)
+        return weave(decoder, decoder.forward, self.gate, layers, self._call, self.retention, args, kwargs, output)
+
+    @contextmanager
+    def _calling(self, call: Call) -> Iterator[Call]:
+        """Everything said about one call lives exactly as long as the call, whatever happens in it."""
+        outer, self._call = self._call, call
+        try:
+            yield call
+        finally:
+            self._call = outer
+
+    # --- use ----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def use_memory(self, memory: Memory) -> Iterator["IMSMModel"]:
+        """Within the block, answer from one memory: "original" (the base, bit for bit), "enhanced" (plain PEFT), or
+        "interwoven" (both, the default)."""
+        if memory not in get_args(Memory):
+            raise UsageError(unknown_name("memory", str(memory), get_args(Memory)))
+        outer, self._memory = self._memory, memory
+        try:
+            if memory == "original":
+                with adapters_off(adapter_layers(self.base_model)):
+                    yield self
+            else:
+                yield self
+        finally:
+            self._memory = outer
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        output_gate: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's forward, woven.
+
+        `input_ids`, `attention_mask`, `labels`: [B, T] as in transformers. The query of an answer is what stands before
+        its labels; `query_mask` (bool or int [B, T]) says it explicitly and wins; without either every token up to a
+        position counts. `output_gate` adds `out.gate`, [B, T, d]: the share of the original memory.
+        """
+        if query_mask is not None and input_ids is not None and query_mask.shape[0] != input_ids.shape[0]:
+            raise UsageError(
+                f"query_mask has {query_mask.shape[0]} rows and input_ids {input_ids.shape[0]}; give both [B, T]."
+            )
+        mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+        call = Call(attention_mask=mask, query_mask=query_mask, labels=labels, keep_gate=output_gate)
+        with self._calling(call):
+            output = super().forward(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                **kwargs,
+            )
+        if not output_gate:
+            return output
+        gate = call.gate if call.gate is not None else self._constant_gate(input_ids, inputs_embeds)
+        if isinstance(output, tuple):
+            return (*output, gate)
+        output["gate"] = gate
+        return output
+
+    def _constant_gate(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+        """With one memory in use its share is all or nothing."""
+        source = input_ids if input_ids is not None else inputs_embeds
+        assert source is not None
+        share = 1.0 if self._memory == "original" else 0.0
+        return torch.full((*source.shape[:2], self.gate.hidden_size), share, device=source.device)
+
+    def generate(self, *args: Any, query_mask: Tensor | None = None, **kwargs: Any) -> Any:
+        """transformers' `generate` with every standard option; the prompt (or `query_mask` within it) is the query.
+
+        A returned cache can be continued: the query is then everything before the new answer.
+        """
+        prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
+        call = Call(query_mask=query_mask)
+        if prompt is None:
+            call.prompt_columns = 1  # generate starts from BOS by itself
+        else:
+            if kwargs.get("attention_mask") is None and not prompt.is_floating_point():
+                kwargs["attention_mask"] = self._mask_of_prompt(prompt, kwargs)
+            call.attention_mask = kwargs.get("attention_mask")
+            call.prompt_columns = _prompt_columns(prompt, call.attention_mask, kwargs.get("past_key_values"))
+        with self._calling(call):
+            return super().generate(*args, **kwargs)
+
+    def _mask_of_prompt(self, prompt: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
+        """The attention mask that transformers would infer (padding known, never an EOS), made visible to the gate."""
+        config = kwargs.get("generation_config") or self.generation_config
+        pad = kwargs.get("pad_token_id", config.pad_token_id)
+        eos = kwargs.get("eos_token_id", config.eos_token_id)
+        eos_ids = eos if isinstance(eos, (list, tuple)) else [eos]
+        if pad is None or pad in eos_ids or kwargs.get("past_key_values") is not None:
+            return None
+        return prompt.ne(pad).long()
+
+    # --- files --------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # type: ignore[override]
+        """Write the adapter as plain PEFT does, and `imsm_config.json` + `imsm_gate.safetensors` beside it.
+
+        `kwargs` are PEFT's. No base weights are written. Each file appears whole or not at all.
+        """
+        saving.save(self, save_directory, super().save_pretrained, **kwargs)
+
+    def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's `load_adapter`; a gate saved beside the adapter is loaded with it."""
+        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        saving.load_gate_if_present(self, model_id)
+        return result
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        path: Any,
+        base: PreTrainedModel | str | None = None,
+        *,
+        is_trainable: bool = False,
+        allow_base_mismatch: bool = False,
+        revision: str | None = None,
+        **kwargs: Any,
+    ) -> "IMSMModel":
+        """Load a saved model onto its base.
+
+        `path`: a directory written by `save_pretrained`, or a hub name (`revision` is the saved model's). `base`: the
+        base model, its name, or None for the recorded name at its recorded revision; `kwargs` go to its
+        `from_pretrained`. Raises BaseMismatchError for another base unless `allow_base_mismatch`, and DamagedFileError
+        for files that are missing, truncated or pickled.
+        """
+        return saving.load(cls, path, base, is_trainable, allow_base_mismatch, revision, kwargs)
+
+
+def check_base(base: Any) -> None:
+    """Raise UnsupportedModelError unless `base` is a transformers causal LM: decoder, then head, able to generate."""
+    fault = None
+    if not isinstance(base, PreTrainedModel):
+        fault = "is not a transformers model"
+    elif not base.can_generate() or base.get_output_embeddings() is None:
+        fault = "has no language-model head"
+    elif base.get_decoder() in (None, base):
+        fault = "has no decoder of its own below its head"
+    if fault:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} {fault}, so its memories cannot be woven. Load the base with "
+            "AutoModelForCausalLM.from_pretrained."
+        )
+
+
+def check_adapter(peft_config: PeftConfig) -> None:
+    """Raise UnsupportedModelError for adapters that change the sequence or the base's own weights."""
+    if peft_config.is_prompt_learning:
+        raise UnsupportedModelError(
+            f"{_name_of(peft_config)} adds virtual tokens to the sequence, which the twin does not support yet. "
+            "Use an adapter inside the layers (LoRA, DoRA, IA3, AdaLoRA, OFT, …)."
+        )
+    bias = getattr(peft_config, "bias", "none")
+    if bias not in ("none", None, False):
+        raise UnsupportedModelError(
+            f"bias={bias!r} trains biases of the base itself, and the base must stay as it is. Use bias='none'."
+        )
+
+
+def _name_of(peft_config: PeftConfig) -> str:
+    kind = peft_config.peft_type
+    return str(getattr(kind, "value", kind))
+
+
+def _shown(modules: Any) -> str:
+    return repr(sorted(modules)) if isinstance(modules, (set, list, tuple)) else repr(modules)
+
+
+def _prompt_columns(prompt: Tensor, mask: Tensor | None, cache: Any) -> int:
+    """How many columns the query of this `generate` spans, those already in the cache included."""
+    columns = max(prompt.shape[1], mask.shape[1] if mask is not None else 0)
+    seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    return columns if columns > seen else seen + prompt.shape[1]  # only the new tokens were passed

@@ -1,0 +1,160 @@
+"""Saving and loading an IMSM model: PEFT's own adapter files, and the gate and its settings beside them.
+
+Knows nothing about how the model runs. Files are safetensors and JSON; pickled weights are refused.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import snapshot_download
+from peft import PeftConfig
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ..errors import BaseMismatchError, DamagedFileError
+from ..files import atomic_files_into, read_safetensors, write_json_atomic
+from ..fingerprint import BaseFingerprint
+from .config import IMSMConfig
+
+if TYPE_CHECKING:
+    from .model import IMSMModel
+
+CONFIG_NAME = "imsm_config.json"
+GATE_NAME = "imsm_gate.safetensors"
+ADAPTER_CONFIG_NAME = "adapter_config.json"
+ADAPTER_NAME = "adapter_model.safetensors"
+
+
+def save(model: "IMSMModel", path: str | os.PathLike[str], save_adapter: Callable[..., None], **kwargs: Any) -> None:
+    """Write the model into folder `path`; `save_adapter` is PEFT's own save_pretrained, `kwargs` are its options."""
+    if not kwargs.get("safe_serialization", True):
+        raise DamagedFileError("safe_serialization=False would pickle the adapter; only safetensors are written.")
+    with atomic_files_into(path) as folder:
+        save_adapter(str(folder), **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        save_file(_gate_weights(model, kwargs.get("state_dict")), folder / GATE_NAME, metadata={"format": "pt"})
+        base: Any = model.get_base_model()
+        settings = model.imsm_config.to_dict()
+        settings["retention"] = IMSMConfig(retention=model.retention).to_dict()["retention"]
+        write_json_atomic(
+            folder / CONFIG_NAME,
+            {
+                "imsm": settings,
+                "base": {
+                    "name_or_path": base.config._name_or_path or None,
+                    "revision": getattr(base.config, "_commit_hash", None),
+                    "fingerprint": model.base_fingerprint.to_dict(),
+                },
+            },
+        )
+
+
+def _gate_weights(model: "IMSMModel", state_dict: dict[str, Any] | None) -> dict[str, torch.Tensor]:
+    """The gate's tensors, from a gathered state dict where a sharded trainer passes one."""
+    if state_dict is not None:
+        gathered = {k.removeprefix("gate."): v for k, v in state_dict.items() if k.startswith("gate.")}
+        if gathered:
+            return {k: v.detach().cpu().contiguous() for k, v in gathered.items()}
+    return {k: v.detach().cpu().contiguous() for k, v in model.gate.state_dict().items()}
+
+
+def load(
+    cls: "type[IMSMModel]",
+    path: str | os.PathLike[str],
+    base: PreTrainedModel | str | None,
+    is_trainable: bool,
+    allow_base_mismatch: bool,
+    revision: str | None,
+    base_kwargs: dict[str, Any],
+) -> "IMSMModel":
+    """See `IMSMModel.from_pretrained`."""
+    folder = _local_folder(path, revision)
+    settings = _read_settings(folder)
+    _check_adapter_files(folder)
+    recorded = settings["base"]
+    if base is None or isinstance(base, str):
+        name = base or recorded["name_or_path"]
+        if not name:
+            raise BaseMismatchError(
+                f"{folder} does not record the name of its base (it was made from a config). Pass base=MODEL."
+            )
+        if base is None and recorded.get("revision"):
+            base_kwargs.setdefault("revision", recorded["revision"])
+        base = AutoModelForCausalLM.from_pretrained(name, **base_kwargs)
+
+    peft_config = PeftConfig.from_pretrained(str(folder))
+    peft_config.inference_mode = not is_trainable
+    from .model import check_base
+
+    check_base(base)
+    model = cls(base, peft_config, IMSMConfig.from_dict(settings["imsm"]))
+    differences = BaseFingerprint(**recorded["fingerprint"]).differences(model.base_fingerprint)
+    if differences and not allow_base_mismatch:
+        raise BaseMismatchError(
+            f"{folder} was made for another base ({recorded['name_or_path']}): what differs is "
+            f"{'; '.join(differences)}. Load that base, or pass allow_base_mismatch=True to go on all the same."
+        )
+    result = model.load_adapter(str(folder), "default", is_trainable=is_trainable)
+    if result.missing_keys:
+        raise DamagedFileError(
+            f"{folder / ADAPTER_NAME} lacks {len(result.missing_keys)} of the adapter's tensors, the first being "
+            f"{result.missing_keys[0]}. Save the model again."
+        )
+    model.gate.requires_grad_(is_trainable)
+    return model.train(is_trainable)
+
+
+def load_gate_if_present(model: "IMSMModel", path: Any) -> None:
+    """Load the gate's weights from folder `path` into `model`; nothing happens where there is none."""
+    file = Path(path) / GATE_NAME
+    if not file.is_file():
+        return
+    weights = read_safetensors(file)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.gate.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if found != expected:
+        raise DamagedFileError(f"{file} holds a gate of shapes {found}; this model's gate needs {expected}.")
+    model.gate.load_state_dict(weights)
+
+
+def _local_folder(path: str | os.PathLike[str], revision: str | None) -> Path:
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~")):
+        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+    raise DamagedFileError(f"There is no folder {folder}. Pass a folder written by save_pretrained, or a hub name.")
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    file = folder / CONFIG_NAME
+    if not file.is_file():
+        raise DamagedFileError(
+            f"{folder} has no {CONFIG_NAME}, so it is not a saved IMSM model. A plain adapter is loaded with "
+            "PeftModel.from_pretrained."
+        )
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        BaseFingerprint(**settings["base"]["fingerprint"])
+        IMSMConfig.from_dict(settings["imsm"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFileError(f"{file} cannot be read ({error!r}). Save the model again.") from error
+    return settings
+
+
+def _check_adapter_files(folder: Path) -> None:
+    if not (folder / ADAPTER_CONFIG_NAME).is_file():
+        raise DamagedFileError(f"{folder} has no {ADAPTER_CONFIG_NAME}. Save the model again.")
+    if not (folder / ADAPTER_NAME).is_file() and (folder / "adapter_model.bin").is_file():
+        raise DamagedFileError(
+            f"{folder / 'adapter_model.bin'} is a pickle, which can run any code when it is loaded, so it is refused. "
+            "Convert it to safetensors where you trust it."
+        )
+    read_safetensors(folder / ADAPTER_NAME)
+    if not (folder / GATE_NAME).is_file():
+        raise DamagedFileError(f"{folder} has no {GATE_NAME}. Save the model again.")
