@@ -34,7 +34,8 @@ def get_imsm_model(
     """Wrap a causal language model: its weights are frozen, an adapter and the gate are trained beside them.
 
     `base` is changed in place, as by `peft.get_peft_model`; `peft_kwargs` are that function's
-    (`autocast_adapter_dtype`, `low_cpu_mem_usage`). Raises UnsupportedModelError when the model is no causal LM or the adapter does not fit it.
+    (`autocast_adapter_dtype`, `low_cpu_mem_usage`). Raises UnsupportedModelError when the model is no causal LM or the
+    adapter does not fit it.
     """
     check_base(base)
     if peft_config.task_type is None:
