@@ -1,0 +1,166 @@
+"""From a data source to encoded training and validation sets, with a report on what was found on the way.
+
+Knows nothing about models, trainers or metrics.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import datasets
+import numpy
+from transformers import PreTrainedTokenizerBase
+
+from twinweave.data.collator import IGNORED_LABEL
+from twinweave.data.encode import Encoded, check_tokenizer, encode_example
+from twinweave.data.formats import load_rows
+from twinweave.data.templates import Example, to_example
+from twinweave.errors import DataError
+from twinweave.progress import track
+
+LARGEST_SPLIT = 500
+Source = str | os.PathLike[str]
+
+
+@dataclass
+class DataReport:
+    """What was found in the data.
+
+    Attributes:
+        rows: rows of the training source.
+        train_rows, validation_rows: rows of each set.
+        cut_rows: rows of either set that lost the start of their prompt.
+        trained_tokens: tokens of the training set with a loss, in one epoch.
+        common_with_test: rows of the training source that are in the test source too.
+        warnings: whole sentences for the user.
+    """
+
+    rows: int
+    train_rows: int
+    validation_rows: int
+    cut_rows: int
+    trained_tokens: int
+    common_with_test: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass
+class TrainingData:
+    """Encoded sets with the columns `input_ids` and `labels`, and the report about them."""
+
+    train: datasets.Dataset
+    validation: datasets.Dataset
+    report: DataReport
+
+
+def prepare_training_data(
+    source: Source,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int,
+    prompt_template: str | None = None,
+    completion_template: str | None = None,
+    validation: Source | None = None,
+    validation_fraction: float = 0.05,
+    test: Source | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+    split: str | None = None,
+) -> TrainingData:
+    """Load, check and encode the rows to train on.
+
+    Args:
+        source: see `load_rows`; `split` and `limit` apply to it.
+        tokenizer: must have an end-of-text and a padding token.
+        max_length: the window in tokens; longer rows lose the start of their prompt.
+        prompt_template, completion_template: see `to_example`; they apply to every source given here.
+        validation: rows to validate on (of a name with splits: its "validation" split). Without it a random part
+            of `source` is held out.
+        validation_fraction: how much is held out: at least 1 row and at most 500.
+        test: the rows that the result will be judged on (of a name with splits: its "test" split); only compared.
+        limit: use the first rows only.
+        seed: of the held-out part.
+        split: the split of `source`, "train" by default.
+
+    Raises:
+        DataError: a row or a source cannot be used; the message names it.
+        UnsupportedModelError: the tokenizer cannot end or pad a text.
+    """
+    check_tokenizer(tokenizer)
+    templates = (prompt_template, completion_template)
+    examples = _read_examples(source, templates, split=split, limit=limit)
+    train, held_out = examples, []
+    if validation is not None:
+        held_out = _read_examples(validation, templates, split="validation")
+    else:
+        train, held_out = _hold_out(examples, validation_fraction, seed)
+    encoded = [_encode_all(part, tokenizer, max_length) for part in (train, held_out)]
+    report = DataReport(
+        rows=len(examples),
+        train_rows=len(train),
+        validation_rows=len(held_out),
+        cut_rows=sum(row.cut for part in encoded for row in part),
+        trained_tokens=sum(label != IGNORED_LABEL for row in encoded[0] for label in row.labels),
+    )
+    if report.cut_rows:
+        report.warnings.append(
+            f"{report.cut_rows} of {len(train) + len(held_out)} rows are longer than {max_length} tokens and lost the "
+            "start of their prompt."
+        )
+    if validation is not None:
+        _count_common(examples, held_out, "validation", report)
+    if test is not None:
+        tested = _read_examples(test, templates, split="test")
+        report.common_with_test = _count_common(examples, tested, "test", report)
+    return TrainingData(_to_dataset(encoded[0]), _to_dataset(encoded[1]), report)
+
+
+def _read_examples(
+    source: Source, templates: tuple[str | None, str | None], *, split: str | None, limit: int | None = None
+) -> list[Example]:
+    rows = load_rows(source, split=split, limit=limit)
+    prompt, completion = templates
+    return [
+        to_example(row, where=f"{source} row {number}", prompt_template=prompt, completion_template=completion)
+        for number, row in enumerate(rows, start=1)
+    ]
+
+
+def _hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+    if not 0 < fraction < 1:
+        raise DataError(f"validation_fraction is {fraction}; it must lie between 0 and 1.")
+    if len(examples) < 2:
+        raise DataError("One row cannot be split into training and validation. Add rows, or give a validation file.")
+    count = min(LARGEST_SPLIT, max(1, round(len(examples) * fraction)), len(examples) - 1)
+    chosen = set(numpy.random.default_rng(seed).permutation(len(examples))[:count].tolist())
+    kept = [example for index, example in enumerate(examples) if index not in chosen]
+    return kept, [examples[index] for index in sorted(chosen)]
+
+
+def _encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[Encoded]:
+    return [encode_example(example, tokenizer, max_length=max_length) for example in track(examples, "Encoding rows")]
+
+
+def _to_dataset(rows: Sequence[Encoded]) -> datasets.Dataset:
+    columns = {
+        "input_ids": [numpy.asarray(row.input_ids, dtype=numpy.int32) for row in rows],
+        "labels": [numpy.asarray(row.labels, dtype=numpy.int32) for row in rows],
+    }
+    return datasets.Dataset.from_dict(columns)
+
+
+def _text_key(example: Example) -> str:
+    """The row's text without regard to case and white space."""
+    turns = [f"{turn['role']}: {turn.get('content')}" for turn in example.messages]
+    text = " ".join([*turns, example.prompt, example.completion])
+    return " ".join(text.casefold().split())
+
+
+def _count_common(train: Sequence[Example], other: Sequence[Example], name: str, report: DataReport) -> int:
+    keys = {_text_key(example) for example in other}
+    common = sum(_text_key(example) in keys for example in train)
+    if common:
+        report.warnings.append(
+            f"{common} of {len(train)} training rows are in the {name} data too: its score will be too good."
+        )
+    return common
