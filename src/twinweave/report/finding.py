@@ -1,0 +1,147 @@
+"""The finding in one sentence, with its interval, and no stronger than the numbers allow.
+
+An interval that crosses zero gives "no difference could be shown"; one seed gives no interval and says so.
+"""
+
+from typing import Any
+
+from .study import Comparison, Difference, Row, Study, read_study
+from .units import interval, number, quantity, unit_word
+
+
+def finding(results: dict[str, Any]) -> str:
+    """What the results show about learning and forgetting, in one sentence with its 95% interval.
+
+    Speaks about IMSM against plain PEFT where both are compared, else about the first comparison there is.
+
+    Raises:
+        DamagedFileError: `results` is not the contents of a `results.json`.
+    """
+    return study_finding(read_study(results))
+
+
+def study_finding(study: Study) -> str:
+    """The finding of results that are already read."""
+    comparison = leading_comparison(study)
+    sentence = _alone(study) if comparison is None else _compared(study, comparison)
+    return sentence[0].upper() + sentence[1:] + "."
+
+
+def leading_comparison(study: Study) -> Comparison | None:
+    """The comparison the finding is about: IMSM against plain PEFT if there is one, else the first."""
+    known = [c for c in study.comparisons if c.target.mean is not None or c.forgetting.mean is not None]
+    wanted = [c for c in known if (c.method, c.against) == ("imsm", "peft")]
+    return next(iter(wanted + known), None)
+
+
+def verdict(difference: Difference, lower_is_better: bool) -> str:
+    """ "better", "worse", "not shown" (the interval holds zero), "equal" or "unclear" (no interval)."""
+    if difference.mean is None or difference.ci is None:
+        return "unclear"
+    low, high = difference.ci
+    if low <= 0 <= high:
+        return "not shown"
+    return "better" if (high < 0) == lower_is_better else "worse"
+
+
+def _compared(study: Study, comparison: Comparison) -> str:
+    new, old = study.label(comparison.method), study.label(comparison.against)
+    lead = ""
+    if comparison.forgetting.ci is None and comparison.target.ci is None:
+        seeds = "one seed" if comparison.seeds == 1 else f"{comparison.seeds} seeds"
+        lead = f"with {seeds}, so without an interval: " if comparison.seeds == 1 else f"no interval ({seeds}): "
+    if comparison.forgetting.mean is None:
+        learned = _learned(study, comparison, f"{new} has", f" than {old}")
+        return f"{lead}{learned}; no retained task was measured, so nothing can be said about forgetting"
+    forgot = _forgot(study, comparison, new, old)
+    if comparison.target.mean is None:
+        return f"{lead}{forgot}; the target was not measured"
+    kept = verdict(comparison.forgetting, lower_is_better=True)
+    learned = verdict(comparison.target, lower_is_better=not study.higher_is_better)
+    joint = "but" if {kept, learned} == {"better", "worse"} else "and"
+    return f"{lead}{forgot}, {joint} {_learned(study, comparison, 'it has', '')}"
+
+
+def _forgot(study: Study, comparison: Comparison, new: str, old: str) -> str:
+    unit = study.forgetting_unit
+    difference, seeds = comparison.forgetting, f"{comparison.seeds} seeds"
+    values = [_plain_row(study, name) for name in (comparison.method, comparison.against)]
+    levels = [number(row.forgetting, unit) for row in values if row and row.forgetting is not None]
+    against = f"; forgetting {levels[0]} against {levels[1]}" if len(levels) == 2 else ""
+    if verdict(difference, True) == "not shown":
+        return (
+            f"no difference in forgetting could be shown between {new} and {old} "
+            f"({quantity(difference.mean, unit, signed=True)}, 95% interval "
+            f"{interval(difference.ci, unit, signed=True)}, {seeds}{against})"
+        )
+    assert difference.mean is not None
+    size = quantity(abs(difference.mean), unit)
+    way = "less" if difference.mean < 0 else "more"
+    if difference.mean == 0:
+        return f"{new} forgets as much as {old}{against.replace('; ', ' (', 1) + ')' if against else ''}"
+    if difference.ci is None:
+        return f"{new} forgets {size} {way} than {old}{' (' + against[2:] + ')' if against else ''}"
+    return f"{new} forgets {size} {way} than {old} (95% interval {_sizes(difference, unit)}, {seeds}{against})"
+
+
+def _learned(study: Study, comparison: Comparison, subject: str, than: str) -> str:
+    unit, difference = study.target_unit, comparison.target
+    noun = "target score" if study.higher_is_better else "target loss"
+    state = verdict(difference, not study.higher_is_better)
+    if state == "not shown":
+        return (
+            f"no difference in the {noun} could be shown ({quantity(difference.mean, unit, signed=True)}, "
+            f"95% interval {interval(difference.ci, unit, signed=True)})"
+        )
+    assert difference.mean is not None
+    if difference.mean == 0:
+        return f"{subject} the same {noun}"
+    way = "higher" if difference.mean > 0 else "lower"
+    bounds = "" if difference.ci is None else f" (95% interval {_sizes(difference, unit)})"
+    return f"{subject} a {noun} {quantity(abs(difference.mean), unit)} {way}{than}{bounds}"
+
+
+def _sizes(difference: Difference, unit: str) -> str:
+    """The interval of a difference whose direction the sentence already gives in words."""
+    assert difference.ci is not None
+    low, high = sorted(abs(bound) for bound in difference.ci)
+    return interval((low, high), unit)
+
+
+def _plain_row(study: Study, method: str) -> Row | None:
+    return next((row for row in study.plain_rows() if row.method == method), None)
+
+
+def _alone(study: Study) -> str:
+    """Without a comparison: what the methods reached, and from where."""
+    rows = study.plain_rows() or study.rows
+    if len(rows) > 1:
+        return f"these results hold {len(rows)} settings and no paired comparison, so no difference is claimed"
+    row = rows[0]
+    noun = "target score" if study.higher_is_better else "target loss"
+    unit = study.target_unit
+    base = study.base_target
+    parts = []
+    if row.target is not None:
+        start = f" from {number(base, unit)}" if base is not None else ""
+        parts.append(f"{row.label} took the {noun}{start} to {quantity(row.target, unit)}{_ci(row.target_ci, unit)}")
+    else:
+        parts.append(f"the target of {row.label} was not measured")
+    if row.forgetting is not None:
+        unit = study.forgetting_unit
+        parts.append(f"and its forgetting is {quantity(row.forgetting, unit)}{_ci(row.forgetting_ci, unit)}")
+    sentence = ", ".join(parts)
+    if row.forgetting is None:
+        sentence += "; no retained task was measured, so nothing can be said about forgetting"
+    if row.target_ci is None and row.forgetting_ci is None:
+        sentence += " (one seed, so no interval)" if row.seeds == 1 else f" ({row.seeds} seeds, no interval)"
+    return sentence
+
+
+def _ci(bounds: tuple[float, float] | None, unit: str) -> str:
+    return "" if bounds is None else f" (95% interval {interval(bounds, unit)})"
+
+
+def unit_note(study: Study) -> str:
+    """What the numbers of forgetting are counted in, for captions."""
+    return unit_word(study.forgetting_unit)
