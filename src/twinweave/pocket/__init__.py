@@ -1,0 +1,12 @@
+"""The embedded default: a small seeded world, a small base model that knows it, and tasks with exact answers."""
+
+from pathlib import Path
+
+from twinweave.pocket.tasks import TASKS, names, retained_tasks, rows
+
+__all__ = ["TASKS", "base_dir", "names", "retained_tasks", "rows"]
+
+
+def base_dir() -> Path:
+    """The shipped base model: an ordinary Hugging Face directory with model and tokenizer."""
+    return Path(__file__).parent / "base"
