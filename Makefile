@@ -1,0 +1,34 @@
+# Each target creates .venv and installs what it needs by itself.
+PYTHON ?= python3
+PIP = .venv/bin/pip --disable-pip-version-check -q
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test check clean
+
+demo: .venv/installed
+	.venv/bin/twinweave demo
+
+test: check
+	.venv/bin/python -m pytest -n 2 --dist loadfile
+
+check: .venv/installed-test
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis runs
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+# torch first: with a pinned torch in place nothing else pulls another build of it.
+.venv/installed: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e .
+	touch $@
+
+.venv/installed-test: pyproject.toml constraints.txt | .venv/bin/python
+	$(PIP) install -c constraints.txt torch
+	$(PIP) install -c constraints.txt -e '.[test]'
+	touch .venv/installed $@

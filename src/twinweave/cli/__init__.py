@@ -1,0 +1,61 @@
+"""The command line: one file per command, each a few lines around the library.
+
+Exit codes: 0 done, 1 failed, 2 the request is malformed.
+"""
+
+import logging
+import os
+import sys
+import warnings
+
+import typer
+from rich.markup import escape
+
+from ..errors import TwinweaveError
+from ..progress import console
+from .compare import compare
+from .demo import demo
+from .env import env
+from .evaluate import evaluate
+from .generate import generate
+from .methods import methods
+from .report import report
+from .tasks import tasks
+from .train import train
+from .validate import validate
+
+app = typer.Typer(
+    help="Teach a language model something new without erasing what it knew.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for _command in (demo, train, compare, evaluate, generate, report, validate, tasks, methods, env):
+    app.command()(_command)
+
+
+def main() -> None:
+    """Run the command line; our own errors become one sentence and an exit code."""
+    _quieten_libraries()
+    try:
+        app()
+    except TwinweaveError as error:
+        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        console.print("stopped; the same command goes on from here")
+        sys.exit(130)
+
+
+def _quieten_libraries() -> None:
+    """Warnings of the libraries below us are ours to heed, not the user's; TWINWEAVE_DEBUG=1 shows them."""
+    if os.environ.get("TWINWEAVE_DEBUG"):
+        return
+    from transformers.utils import logging as transformers_logging
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -1,0 +1,72 @@
+"""`twinweave generate`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.text import Text
+
+from ..data import encode_prompt
+from ..errors import UsageError
+from ..evaluation import original_shares, token_texts
+from ..imsm import IMSMModel
+from .shared import Memory, Retention, dialled, open_run, out
+
+
+def generate(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished run, or of one of its models.")],
+    prompt: Annotated[str, typer.Argument(help="What the model is asked.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 writes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    chat: Annotated[bool, typer.Option(help="Put the prompt through the tokenizer's chat template.")] = False,
+    lens: Annotated[bool, typer.Option(help="Show how much of each token came from the original memory.")] = False,
+    base: Annotated[str | None, typer.Option(help="Where the base lies now, if it has moved.")] = None,
+    memory: Annotated[str | None, Memory] = None,
+    retention: Annotated[float | None, Retention] = None,
+) -> None:
+    """Ask a trained model.
+
+    Example: `twinweave generate runs/reverse "reverse: red green blue" --lens`
+    """
+    model, tokenizer, _ = open_run(run, base)
+    window = getattr(model.config, "max_position_embeddings", None) or 2**30
+    if window <= max_new_tokens:
+        raise UsageError(
+            f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the window is {window} tokens."
+        )
+    question = [{"role": "user", "content": prompt}] if chat else prompt
+    ids, cut = encode_prompt(question, tokenizer, max_length=window - max_new_tokens)
+    if cut:
+        raise UsageError(
+            f"The prompt does not fit: the window is {window} tokens, {max_new_tokens} of them for the answer. "
+            "Shorten the prompt or lower --max-new-tokens."
+        )
+    with dialled(model, memory, retention):
+        if lens:
+            if not isinstance(model, IMSMModel) or temperature > 0:
+                raise UsageError("--lens reads the gate of an IMSM model, at temperature 0.")
+            written, shares = original_shares(model, tokenizer, ids, max_new_tokens)
+            out.print(_coloured(token_texts(tokenizer, written), shares))
+            return
+        torch.manual_seed(seed)
+        inputs = torch.tensor([ids], device=next(model.parameters()).device)
+        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        answer = model.generate(
+            input_ids=inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **sampling,
+        )
+    typer.echo(tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True).strip())
+
+
+def _coloured(texts: list[str], shares: list[float]) -> Text:
+    """Tokens with the original memory's share behind each, in blue where it leads and in orange where it does not."""
+    line = Text()
+    for text, share in zip(texts, shares, strict=True):
+        line.append(text, style="bold dodger_blue2" if share >= 0.5 else "bold dark_orange")
+        line.append(f"·{share:.0%}", style="dim")
+    return line

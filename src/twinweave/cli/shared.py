@@ -1,0 +1,68 @@
+"""What several commands share: printing results, opening a trained model again. No command lives here."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+from peft import PeftModel
+from rich.console import Console
+from transformers import PreTrainedTokenizerBase
+
+from ..compare import find_model
+from ..compare.store import RESULTS_NAME, read_results
+from ..errors import DamagedFileError, UsageError
+from ..imsm import IMSMModel
+from ..report import build_report, finding, summary_table
+from ..training import Recipe, load_base, load_recipe, load_tokenizer
+
+# Results go to standard output, progress and errors to standard error.
+out = Console()
+
+OVERRIDES_HELP = "Settings that replace the recipe's, such as training.epochs=1 or seeds=[0]."
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """The recipe's output folder."""
+    return recipe.output_dir
+
+
+def show(results: dict[str, Any], folder: Path) -> None:
+    """Table, finding, and the path of the report, which is written into `folder`."""
+    out.print(summary_table(results))
+    out.print(finding(results), soft_wrap=True)
+    path = build_report([results], folder / "report.html")
+    out.print(f"results: {folder / RESULTS_NAME}", soft_wrap=True)
+    out.print(f"report:  {path}", soft_wrap=True)
+
+
+def open_run(run: Path, base: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase, Recipe]:
+    """The trained model of a run, its tokenizer, and the recipe it came from."""
+    folder = find_model(run)
+    owner = next((p for p in (run, *run.parents) if (p / RESULTS_NAME).is_file()), None)
+    if owner is None:
+        raise DamagedFileError(f"{run} belongs to no finished run ({RESULTS_NAME} is missing).")
+    recipe = load_recipe(read_results(owner)["recipe"], [f"base.name={base}"] if base else [])
+    tokenizer, model = load_tokenizer(recipe.base), load_base(recipe.base)
+    if (folder / "imsm_config.json").is_file():
+        return IMSMModel.from_pretrained(str(folder), model), tokenizer, recipe
+    return PeftModel.from_pretrained(model, str(folder)), tokenizer, recipe
+
+
+@contextmanager
+def dialled(model: Any, memory: str | None, retention: float | None) -> Iterator[None]:
+    """Use the model with the memory and retention asked for on the command line."""
+    if memory is None and retention is None:
+        yield
+        return
+    if not isinstance(model, IMSMModel):
+        raise UsageError("--memory and --retention are for IMSM models; this run holds a plain adapter.")
+    if retention is not None:
+        model.retention = retention
+    with model.use_memory(memory or "interwoven"):  # type: ignore[arg-type]
+        yield
+
+
+Memory = typer.Option(None, help="original, enhanced or interwoven (the default).")
+Retention = typer.Option(None, help="Added to the gate's logits: larger keeps more of the original memory.")

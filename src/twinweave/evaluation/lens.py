@@ -1,0 +1,84 @@
+"""The lens: what a woven model writes for real prompts, and how much of each token came from the original memory.
+
+Knows nothing about how it is shown.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from ..data import encode_prompt
+from ..imsm import IMSMModel
+from .rows import read_examples
+from .tasks import Task
+
+_MOST_TOKENS = 48
+
+
+def read_lens(
+    model: IMSMModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], prompts: int
+) -> list[dict[str, Any]]:
+    """About `prompts` prompts, spread over the tasks that have any, each with the greedy answer token by token.
+
+    An entry: task, prompt, reference, and tokens: {"text", "original_share"}, the gate's mean over channels at the
+    position that wrote the token.
+    """
+    usable = [task for task in tasks if task.kind in ("generation", "completion_loss")]
+    entries = []
+    for i in range(prompts if usable else 0):
+        task = usable[i % len(usable)]
+        entry = _read_one(model, tokenizer, task, row=i // len(usable))
+        if entry is not None:
+            entries.append(entry)
+    return entries
+
+
+def _read_one(model: IMSMModel, tokenizer: PreTrainedTokenizerBase, task: Task, row: int) -> dict[str, Any] | None:
+    examples = read_examples(task.model_copy(update={"limit": row + 1}))
+    if len(examples) <= row:
+        return None
+    example = examples[row]
+    prompt = list(example.messages[:-1]) if example.messages else example.prompt
+    prompt_ids, _ = encode_prompt(prompt, tokenizer, max_length=task.max_length)
+    ids, shares = original_shares(model, tokenizer, prompt_ids, max_new_tokens=min(task.max_new_tokens, _MOST_TOKENS))
+    texts = token_texts(tokenizer, ids)
+    return {
+        "task": task.name,
+        "prompt": prompt if isinstance(prompt, str) else str(prompt[-1]["content"]),
+        "reference": example.references[0] if example.references else "",
+        "tokens": [{"text": text, "original_share": share} for text, share in zip(texts, shares, strict=True)],
+    }
+
+
+@torch.inference_mode()
+def original_shares(
+    model: IMSMModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], max_new_tokens: int
+) -> tuple[list[int], list[float]]:
+    """The greedy answer's token ids, and for each the gate's mean over channels where it was written."""
+    device = next(model.parameters()).device
+    prompt = torch.tensor([prompt_ids], device=device)
+    whole = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    query = torch.zeros_like(whole)
+    query[:, : len(prompt_ids)] = 1
+    gate = model(input_ids=whole, query_mask=query, output_gate=True).gate  # [1, T, d]
+    shares = gate[0, len(prompt_ids) - 1 : -1].mean(-1)
+    return whole[0, len(prompt_ids) :].tolist(), [round(share, 4) for share in shares.tolist()]
+
+
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """Each token's own piece of the decoded text, spaces included; special tokens by their name."""
+    texts, before = [], ""
+    for end in range(1, len(ids) + 1):
+        now = tokenizer.decode(ids[:end], skip_special_tokens=False)
+        texts.append(now[len(before) :] if now.startswith(before) else tokenizer.decode(ids[end - 1 : end]))
+        before = now
+    return texts

@@ -1,0 +1,139 @@
+"""One table: a method's name -> how a base model becomes a model to train, and how a trained one is dialled.
+
+Knows nothing about data, training loops or scores.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model
+from peft.helpers import rescale_adapter_scale
+from transformers import PreTrainedModel
+
+from .errors import UnsupportedModelError, UsageError, unknown_name
+from .imsm import IMSMConfig, IMSMModel, get_imsm_model
+from .imsm.model import check_adapter, check_base
+
+Build = Callable[[PreTrainedModel, PeftConfig, IMSMConfig], PeftModel]
+Load = Callable[[str, PreTrainedModel], PeftModel]
+
+
+@dataclass(frozen=True)
+class Dial:
+    """A knob of a trained model: nothing is trained again, the same weights are scored at several settings."""
+
+    of: str
+    """The method whose trained weights are dialled."""
+    knob: str
+    """The name of the knob, as recipes and results call it."""
+    apply: Callable[[Any, float], AbstractContextManager[Any]]
+    """Sets the knob of a model for the length of a block."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to teach a base something new."""
+
+    name: str
+    label: str
+    description: str
+    build: Build | None = None
+    load: Load | None = None
+    dial: Dial | None = None
+    own_learning_rates: dict[str, str] = field(default_factory=dict)
+    """Prefix of parameter names -> the key of the recipe's training section that holds their learning rate."""
+
+
+def _plain(base: PreTrainedModel, peft_config: PeftConfig, imsm_config: IMSMConfig) -> PeftModel:
+    check_base(base)
+    check_adapter(peft_config)
+    try:
+        return get_peft_model(base, peft_config)
+    except ValueError as error:
+        raise UnsupportedModelError(f"PEFT refuses this adapter for {type(base).__name__}: {error}") from error
+
+
+def _load_plain(path: str, base: PreTrainedModel) -> PeftModel:
+    return PeftModel.from_pretrained(base, path)
+
+
+def _woven(fusion: str) -> Build:
+    def build(base: PreTrainedModel, peft_config: PeftConfig, imsm_config: IMSMConfig) -> PeftModel:
+        return get_imsm_model(base, peft_config, replace(imsm_config, fusion=fusion))  # type: ignore[arg-type]
+
+    return build
+
+
+def _load_woven(path: str, base: PreTrainedModel) -> PeftModel:
+    return IMSMModel.from_pretrained(path, base)
+
+
+@contextmanager
+def _retention(model: IMSMModel, value: float) -> Iterator[None]:
+    before, model.retention = model.retention, model.retention + value
+    try:
+        yield
+    finally:
+        model.retention = before
+
+
+@contextmanager
+def _scale(model: PeftModel, value: float) -> Iterator[None]:
+    """Scale what the adapter adds by λ: for LoRA the same as interpolating the weights (WiSE-FT)."""
+    try:
+        context = rescale_adapter_scale(model, value)
+        context.__enter__()
+    except ValueError as error:
+        raise UsageError(
+            "peft_scaled needs an adapter that adds a scaled delta (LoRA and its variants); leave it out of the "
+            f"recipe's methods for this one ({error})."
+        ) from error
+    try:
+        yield
+    finally:
+        context.__exit__(None, None, None)
+
+
+_GATE = {"gate.": "gate_learning_rate"}
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("peft", "plain PEFT", "The adapter alone, as PEFT trains it.", _plain, _load_plain),
+        Method(
+            "peft_scaled",
+            "plain PEFT × λ",
+            "The trained adapter scaled by λ afterwards (WiSE-FT); swept, nothing is trained again.",
+            load=_load_plain,
+            dial=Dial("peft", "scale", _scale),
+        ),
+        Method("imsm", "IMSM", "Both memories, fused by the query-aware gate.", _woven("query_gate"), _load_woven,
+               own_learning_rates=_GATE),
+        Method("imsm_gate", "IMSM, gate without query", "Both memories, fused by a gate that does not see the query.",
+               _woven("gate"), _load_woven, own_learning_rates=_GATE),
+        Method("imsm_average", "IMSM, 1:1 average", "Both memories in equal shares, without a gate.",
+               _woven("average"), _load_woven),
+        Method(
+            "imsm_retention",
+            "IMSM, retention dial",
+            "The trained IMSM model, its gate shifted towards the original memory; swept, nothing is trained again.",
+            load=_load_woven,
+            dial=Dial("imsm", "retention", _retention),
+        ),
+    )
+}  # fmt: skip
+
+
+def get_method(name: str) -> Method:
+    """The method of that name. Raises UsageError, with the nearest name, for one that does not exist."""
+    if name not in METHODS:
+        raise UsageError(unknown_name("method", name, METHODS))
+    return METHODS[name]
+
+
+def label_of(name: str, peft_type: str) -> str:
+    """What a report calls the method, with the adapter's own name in place of "plain PEFT"."""
+    kinds = {"lora": "LoRA", "adalora": "AdaLoRA", "ia3": "(IA)³", "oft": "OFT", "loha": "LoHa", "lokr": "LoKr"}
+    return get_method(name).label.replace("plain PEFT", kinds.get(peft_type, peft_type))

@@ -1,0 +1,70 @@
+"""Loading the base model and its tokenizer as a recipe asks for them. Knows nothing about methods or tasks."""
+
+import gc
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..data import check_tokenizer
+from ..errors import UnsupportedModelError
+from .recipe import BaseSection
+
+
+def load_base(section: BaseSection) -> PreTrainedModel:
+    """The base model, frozen by whoever wraps it, on the accelerator if there is one."""
+    dtype = getattr(torch, section.dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            _location(section),
+            revision=section.revision or "main",
+            dtype=dtype,
+            attn_implementation=section.attn_implementation,
+            trust_remote_code=section.trust_remote_code,
+        )
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"The base '{section.name}' cannot be loaded as a causal language model: {_first_line(error)}. Give a "
+            "local directory or a hub name of one."
+        ) from error
+    return model.to(default_device()).eval()
+
+
+def load_tokenizer(section: BaseSection) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with an EOS and a padding token, or UnsupportedModelError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            _location(section), revision=section.revision or "main", trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(f"The base '{section.name}' has no tokenizer: {_first_line(error)}.") from error
+    check_tokenizer(tokenizer, pad_token=section.pad_token)
+    return tokenizer
+
+
+def default_device() -> torch.device:
+    """The accelerator, or the CPU where there is none."""
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    return accelerator or torch.device("cpu")
+
+
+def free_memory() -> None:
+    """Give back what models that went out of use still hold."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _location(section: BaseSection) -> str:
+    if section.name == "pocket":
+        from ..pocket import base_dir
+
+        return str(base_dir())
+    looks_local = section.name.startswith((".", "/", "~")) or section.name.count("/") > 1
+    if looks_local and not Path(section.name).expanduser().is_dir():
+        raise UnsupportedModelError(f"There is no base directory {section.name}. Check the recipe's `base`.")
+    return str(Path(section.name).expanduser()) if looks_local else section.name
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0].rstrip(".")

@@ -1,0 +1,259 @@
+"""The recipe: everything one run needs, checked before anything starts.
+
+Knows nothing about how any of it is carried out. Paths are relative to the folder the command is run in.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import fields as dataclass_fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ..errors import RecipeError, unknown_name
+from ..evaluation import Task, resolve_task
+from ..imsm import IMSMConfig
+from ..methods import get_method
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class BaseSection(_Section):
+    """The base model. A plain text in its place is the name."""
+
+    name: str
+    """A local directory, a hub name, or `pocket` (the small base shipped with twinweave)."""
+    revision: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attn_implementation: str | None = None
+    pad_token: str | None = None
+    """A token of the vocabulary to pad with, for tokenizers that have no padding token."""
+    trust_remote_code: bool = False
+
+
+class DataSection(_Section):
+    """Training rows. A plain text in its place is `data`."""
+
+    data: str
+    split: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    limit: int | None = Field(None, ge=1)
+    validation: str | None = None
+    """A source of validation rows; without one a seeded share of the training rows is held out."""
+    validation_fraction: float = Field(0.05, gt=0, lt=1)
+    max_length: int = Field(1024, ge=8)
+
+
+class TrainingSection(_Section):
+    """How an adapter is trained; the defaults are the paper's for LoRA."""
+
+    epochs: float = Field(3.0, gt=0)
+    max_steps: int | None = Field(None, ge=1)
+    batch_size: int = Field(16, ge=1)
+    gradient_accumulation: int = Field(1, ge=1)
+    learning_rate: float = Field(3e-4, gt=0)
+    gate_learning_rate: float = Field(1e-3, gt=0)
+    """The gate's own rate: its parameters start from nothing, the adapter's from a tuned recipe."""
+    optimizer: str = "adamw_torch"
+    weight_decay: float = Field(0.01, ge=0)
+    scheduler: str = "cosine"
+    warmup: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps over which the learning rate rises."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    gradient_checkpointing: bool = False
+    evaluate_every: Literal["epoch"] | int = "epoch"
+    """Validation and a checkpoint after each epoch, or after so many steps."""
+    log_every: int = Field(10, ge=1)
+    report_to: list[str] = []
+
+    @field_validator("evaluate_every")
+    @classmethod
+    def _positive(cls, value: Any) -> Any:
+        if isinstance(value, int) and value < 1:
+            raise ValueError("must be 'epoch' or a number of steps of at least 1")
+        return value
+
+
+class EvaluationSection(_Section):
+    """How tasks are scored, and what the lens shows."""
+
+    batch_size: int = Field(32, ge=1)
+    lens_prompts: int = Field(6, ge=0)
+    """How many real prompts of target and retained tasks the report's lens shows."""
+
+
+class Recipe(_Section):
+    """One run: a base, a target, what must be retained, and the methods to compare."""
+
+    name: str = "run"
+    base: BaseSection
+    train: DataSection
+    target: Task
+    """The task that scores what was learned, on rows that are not trained on."""
+    retained: list[Task] = []
+    """The tasks that show what was kept."""
+    method: str = "imsm"
+    """What `train` trains."""
+    methods: list[str] = ["peft", "imsm"]
+    """What `compare` compares."""
+    seeds: list[int] = [0, 1, 2]
+    peft: dict[str, Any] = {"type": "lora", "r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
+    """`type` (lora, adalora, ia3, oft, …) and the fields of that PEFT configuration."""
+    imsm: dict[str, Any] = {}
+    training: TrainingSection = TrainingSection()
+    evaluation: EvaluationSection = EvaluationSection()
+    sweeps: dict[Literal["scale", "retention"], list[float]] = {
+        "scale": [0.25, 0.5, 0.75],
+        "retention": [1.0, 2.0, 3.0],
+    }
+    """The settings at which dialled methods are scored."""
+    output: str | None = None
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _base_by_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("train", mode="before")
+    @classmethod
+    def _train_by_path(cls, value: Any) -> Any:
+        return {"data": value} if isinstance(value, str) else value
+
+    @field_validator("target", mode="before")
+    @classmethod
+    def _resolve_target(cls, value: Any) -> Any:
+        return resolve_task(value)
+
+    @field_validator("retained", mode="before")
+    @classmethod
+    def _resolve_retained(cls, value: Any) -> Any:
+        return [resolve_task(entry) for entry in value] if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recipe":
+        for name in (self.method, *self.methods):
+            method = get_method(name)
+            if name in self.methods and method.dial and method.dial.of not in self.methods:
+                raise RecipeError(f"methods: {name} dials the trained {method.dial.of}; add '{method.dial.of}' too.")
+        if get_method(self.method).build is None:
+            raise RecipeError(f"method: '{self.method}' trains nothing itself; use it in `methods` of `compare`.")
+        names = [self.target.name, *(task.name for task in self.retained)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise RecipeError(f"Two tasks are called '{twice[0]}'. Give one of them another `name`.")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise RecipeError(f"seeds: {self.seeds} must be a list of different whole numbers, at least one.")
+        self.imsm_config()
+        self.peft_config()
+        return self
+
+    @property
+    def output_dir(self) -> Path:
+        """Where the run's files go."""
+        return Path(self.output or f"runs/{self.name}")
+
+    @property
+    def peft_type(self) -> str:
+        """The adapter's type in lower case."""
+        return str(self.peft.get("type", "lora")).lower()
+
+    def imsm_config(self) -> IMSMConfig:
+        """The gate's settings."""
+        return IMSMConfig.from_dict(self.imsm)
+
+    def peft_config(self) -> PeftConfig:
+        """A fresh PEFT configuration (PEFT changes the one it is given)."""
+        kinds = {kind.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        if self.peft_type not in kinds:
+            raise RecipeError(unknown_name("PEFT type", self.peft_type, kinds))
+        kind = kinds[self.peft_type]
+        settings = {key: value for key, value in self.peft.items() if key != "type"}
+        known = {field.name for field in dataclass_fields(kind)}
+        for key in settings:
+            if key not in known:
+                raise RecipeError(unknown_name(f"setting of PEFT type {self.peft_type}:", key, known))
+        settings.setdefault("task_type", "CAUSAL_LM")
+        try:
+            return kind(**settings)
+        except (TypeError, ValueError) as error:
+            raise RecipeError(f"peft: {error}") from error
+
+
+def load_recipe(source: str | os.PathLike[str] | Mapping[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """A checked recipe from a YAML file (or a mapping), with `key=value` overrides (`training.epochs=1`).
+
+    Raises RecipeError with the offending key and the nearest known one.
+    """
+    if isinstance(source, Mapping):
+        values, where = dict(source), "recipe"
+    else:
+        values, where = _read_yaml(Path(source)), str(source)
+    for override in overrides:
+        _apply_override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {_explain(error)}") from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise RecipeError(f"There is no recipe {path}. Give the path of a YAML file.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{path} must hold keys and values (base: …, train: …, target: …).")
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise RecipeError(f"'{override}' is not an override. Write key=value, for example training.epochs=1.")
+    *parents, last = key.split(".")
+    place = values
+    for parent in parents:
+        if isinstance(place.get(parent), str) and parent in ("base", "train"):
+            place[parent] = {"name" if parent == "base" else "data": place[parent]}
+        place = place.setdefault(parent, {})
+        if not isinstance(place, dict):
+            raise RecipeError(f"'{override}': {parent} has no keys of its own.")
+    try:
+        place[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"'{override}': the value is not valid YAML ({error}).") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """The first fault in one sentence, with the nearest key where a key is unknown."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        section = _section_at(first["loc"][:-1])
+        return f"{unknown_name('recipe key', where, _full_names(section, first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"'{where}' is missing."
+    return f"'{where}' is {first['input']!r}: {first['msg']}."
+
+
+def _section_at(location: Sequence[Any]) -> type[BaseModel]:
+    section: type[BaseModel] = Recipe
+    for part in location:
+        annotation = section.model_fields[part].annotation if part in section.model_fields else None
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
+    return section
+
+
+def _full_names(section: type[BaseModel], location: Sequence[Any]) -> list[str]:
+    prefix = "".join(f"{part}." for part in location)
+    return [prefix + name for name in section.model_fields]

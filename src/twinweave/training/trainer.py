@@ -1,0 +1,226 @@
+"""transformers' Trainer with what it lacks: whole checkpoints, own learning rates, a stop at a loss that is no number.
+
+Knows nothing about recipes, methods or scores.
+"""
+
+import errno
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import AdaLoraModel, PeftConfig, PeftModel
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from ..errors import DamagedFileError, TrainingError
+from ..files import read_safetensors
+from ..progress import progress_bar
+from . import checkpoints
+
+TRAINED_NAME = "trained.safetensors"
+_ALLOCATOR = "adalora_allocator/"
+_ALLOCATOR_TABLES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
+
+
+class TwinweaveTrainer(Trainer):
+    """A Trainer for adapters, used as transformers documents it.
+
+    `own_learning_rates`: prefix of parameter names -> learning rate of those parameters.
+    After `train()`: `seconds` (of training, over all resumed parts) and `tokens` (trained on, padding excluded).
+    """
+
+    def __init__(self, *args: Any, own_learning_rates: Mapping[str, float] | None = None, **kwargs: Any) -> None:
+        self._own_learning_rates = dict(own_learning_rates or {})
+        super().__init__(*args, **kwargs)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
+        self._bar = ProgressBarCallback()
+        self.add_callback(self._bar)
+        if isinstance(getattr(self.model, "base_model", None), AdaLoraModel):
+            self.add_callback(AdaLoraCallback())
+        self.seconds = 0.0
+        self.tokens = 0
+        self._started = time.perf_counter()
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run's checkpoints are."""
+        return Path(str(self.args.output_dir))
+
+    def train_or_resume(self) -> None:
+        """Train to the end, from the last whole checkpoint if there is one. Raises TrainingError."""
+        done = checkpoints.complete_checkpoints(self.run_folder)
+        if done:
+            facts = checkpoints.facts_of(done[-1])
+            self.seconds, self.tokens = facts["seconds"], facts["tokens"]
+        self._started = time.perf_counter()
+        try:
+            self.train(resume_from_checkpoint=str(done[-1]) if done else None)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise TrainingError(self._stopped(f"the disk is full ({error})", "Free some space")) from error
+        finally:
+            self._bar.bar.stop()
+        self.seconds += time.perf_counter() - self._started
+
+    def best_checkpoint(self) -> Path:
+        """The checkpoint with the lowest validation loss (the last one where nothing was validated)."""
+        done = checkpoints.complete_checkpoints(self.run_folder)
+        best = [p for p in done if p.name == f"checkpoint-{self.state.best_global_step}"]
+        return (best or done)[-1]
+
+    # --- what differs from transformers ---------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As in transformers, with a parameter group for each prefix that has its own learning rate."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        trained: nn.Module = model or self.model  # type: ignore[assignment]
+        named = list(trained.named_parameters())
+        for prefix, rate in self._own_learning_rates.items():
+            own = [p for name, p in named if p.requires_grad and name.removeprefix("module.").startswith(prefix)]
+            ids = {id(p) for p in own}
+            for group in optimizer.param_groups:
+                group["params"] = [p for p in group["params"] if id(p) not in ids]
+            if own:
+                optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": self.args.weight_decay})
+        return optimizer
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As in transformers; raises TrainingError when the loss is no number, before the weights are touched."""
+        self.tokens += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else 0
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if not math.isfinite(loss.item()):
+            fix = "Lower training.learning_rate, or train in a wider precision"
+            raise TrainingError(self._stopped(f"the loss is {loss.item()} at step {self.state.global_step + 1}", fix))
+        return loss
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(checkpoints.staging_folder(self.run_folder))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        staging = checkpoints.staging_folder(self.run_folder)
+        if self.args.should_save:
+            shutil.rmtree(staging, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        try:
+            super()._save_checkpoint(model, trial)
+            if self.args.should_save and not self._is_sharded:
+                self._save_trained(staging / f"checkpoint-{self.state.global_step}" / TRAINED_NAME)
+        except Exception:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            step = self.state.global_step
+            seconds = self.seconds + time.perf_counter() - self._started
+            checkpoints.publish(self.run_folder, step, {"seconds": seconds, "tokens": self.tokens})
+            checkpoints.keep_only(self.run_folder, {step, self.state.best_global_step or step})
+
+    # PEFT's own files are not enough to go on from: an AdaLoRA adapter is written with its pruned ranks cut away, and
+    # without the importances its allocator has gathered. So a checkpoint also holds what is trained, as it is.
+
+    @property
+    def _is_sharded(self) -> bool:
+        return bool(self.is_fsdp_enabled or self.is_deepspeed_enabled)
+
+    def _save_trained(self, path: Path) -> None:
+        save_file({name: t.detach().cpu().contiguous() for name, t in self._trained_state().items()}, path)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._is_sharded:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        path = Path(resume_from_checkpoint) / TRAINED_NAME
+        saved, state = read_safetensors(path), self._trained_state()
+        allocator = _allocator(self.model)
+        if allocator is not None:
+            allocator.peft_config.rank_pattern = PeftConfig.from_pretrained(resume_from_checkpoint).rank_pattern
+        with torch.no_grad():
+            for name, tensor in saved.items():
+                if name in state:
+                    state[name].copy_(tensor)
+                elif allocator is not None and name.startswith(_ALLOCATOR):
+                    table, _, key = name.removeprefix(_ALLOCATOR).partition("/")
+                    getattr(allocator, table)[key] = tensor.to(self.args.device)
+                else:
+                    raise DamagedFileError(f"{path} holds '{name}', which this model does not train.")
+        if missing := sorted(set(state) - set(saved)):
+            raise DamagedFileError(f"{path} lacks '{missing[0]}'. Remove that checkpoint to go on from an older one.")
+
+    def _trained_state(self) -> dict[str, Tensor]:
+        """Every trained parameter, and the importances of AdaLoRA's allocator where there is one."""
+        state: dict[str, Tensor] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}  # type: ignore[union-attr]
+        allocator = _allocator(self.model)
+        for table in _ALLOCATOR_TABLES if allocator is not None else ():
+            state |= {f"{_ALLOCATOR}{table}/{key}": t for key, t in getattr(allocator, table).items()}
+        return state
+
+    def _stopped(self, reason: str, fix: str) -> str:
+        done = checkpoints.complete_checkpoints(self.run_folder)
+        kept = f"The last good checkpoint is {done[-1]}" if done else "There is no checkpoint yet"
+        return f"Training stopped: {reason}. {kept}. {fix}, then run the same command to go on."
+
+
+def _allocator(model: Any) -> Any:
+    """AdaLoRA's rank allocator, or None."""
+    return getattr(getattr(model, "base_model", None), "rankallocator", None)
+
+
+class AdaLoraCallback(TrainerCallback):
+    """Calls AdaLoRA's rank allocator, which needs the gradients of the step just taken."""
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Between the optimizer's step and the reset of the gradients."""
+        model: PeftModel = kwargs["model"]
+        model.base_model.update_and_allocate(state.global_step + 1)  # type: ignore[operator]
+
+
+class ProgressBarCallback(TrainerCallback):
+    """A bar with the time left and the running loss."""
+
+    def __init__(self) -> None:
+        self.bar = progress_bar()
+        self.task: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Show the bar."""
+        if state.is_world_process_zero:
+            self.bar = progress_bar()
+            self.bar.start()
+            self.task = self.bar.add_task("training", total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """One step further."""
+        if self.task is not None:
+            self.bar.update(self.task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Show the loss of the last steps."""
+        if self.task is not None and logs and "loss" in logs:
+            self.bar.update(self.task, description=f"training, loss {logs['loss']:.3f}")
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the bar away."""
+        self.bar.stop()
