@@ -49,8 +49,9 @@ class MemoryGate(nn.Module):
         """
         d = self.hidden_size
         with torch.autocast(original.device.type, enabled=False):
-            w_a = self.w_a.float()
-            return original.float() @ w_a[:d] + enhanced.float() @ w_a[3 * d :]
+            h, h_tuned = _precise(original), _precise(enhanced)
+            w_a = self.w_a.to(h.dtype)
+            return h @ w_a[:d] + h_tuned @ w_a[3 * d :]
 
     def forward(
         self, original: Tensor, enhanced: Tensor, query: Tensor | None, retention: float = 0.0
@@ -61,7 +62,7 @@ class MemoryGate(nn.Module):
         None where `reads_query` is false. `retention` is added to the logits. g is the share of the original memory.
         """
         with torch.autocast(original.device.type, enabled=False):
-            h, h_tuned = original.float(), enhanced.float()
+            h, h_tuned = _precise(original), _precise(enhanced)
             gate = torch.sigmoid(self._logits(h, h_tuned, query) + retention)
             # lerp is exact at both ends and wherever the two memories are equal, so that a zero delta, or an infinite
             # retention, gives one memory back bit for bit.
@@ -71,9 +72,14 @@ class MemoryGate(nn.Module):
         if self.fusion == "average":
             return torch.zeros_like(h)
         d = self.hidden_size
-        w_a = self.w_a.float()
+        w_a, w_b = self.w_a.to(h.dtype), self.w_b.to(h.dtype)
         start = d if self.reads_query else 0
         low_rank = h @ w_a[start : start + d] + h_tuned @ w_a[start + d : start + 2 * d]
         if query is not None:
             low_rank = low_rank + query
-        return self.dropout(self.dropout(low_rank) @ self.w_b.float())
+        return self.dropout(self.dropout(low_rank) @ w_b)
+
+
+def _precise(states: Tensor) -> Tensor:
+    """`states` in fp32; those of a model in fp64 stay as they are, since the ends would no longer be exact."""
+    return states if states.dtype == torch.float64 else states.float()

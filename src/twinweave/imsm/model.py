@@ -73,6 +73,7 @@ class IMSMModel(PeftModelForCausalLM):
         base_fingerprint = fingerprint(base)  # before the adapter adds its own parameters
         decoder, head = base.get_decoder(), base.get_output_embeddings()
         super().__init__(base, peft_config, adapter_name=adapter_name, **peft_kwargs)
+        check_adapter_stays_below_head(decoder, base)
         self.imsm_config = imsm_config
         self.base_fingerprint = base_fingerprint
         self.retention = float(imsm_config.retention)
@@ -120,11 +121,10 @@ class IMSMModel(PeftModelForCausalLM):
         if memory not in get_args(Memory):
             raise UsageError(unknown_name("memory", str(memory), get_args(Memory)))
         outer, self._memory = self._memory, memory
+        # with off=False inside another memory's block, the adapter that it switched off is on again
+        layers = adapter_layers(self.base_model) if "original" in (memory, outer) else []
         try:
-            if memory == "original":
-                with adapters_off(adapter_layers(self.base_model)):
-                    yield self
-            else:
+            with adapters_off(layers, off=memory == "original"):
                 yield self
         finally:
             self._memory = outer
@@ -264,6 +264,18 @@ def check_adapter(peft_config: PeftConfig) -> None:
     if bias not in ("none", None, False):
         raise UnsupportedModelError(
             f"bias={bias!r} trains biases of the base itself, and the base must stay as it is. Use bias='none'."
+        )
+
+
+def check_adapter_stays_below_head(decoder: torch.nn.Module, base: torch.nn.Module) -> None:
+    """Raise UnsupportedModelError when a layer behind the decoder is adapted: it would read the woven state, and
+    neither memory could be had alone."""
+    woven = set(adapter_layers(decoder))
+    outside = [name for name, m in base.named_modules() if m in set(adapter_layers(base)) - woven]
+    if outside:
+        raise UnsupportedModelError(
+            f"The adapter changes {', '.join(outside)}, which both memories share. Leave it out of target_modules, "
+            "modules_to_save and trainable_token_indices."
         )
 
 

@@ -55,15 +55,15 @@ def adapter_layers(model: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def adapters_off(layers: list[nn.Module]) -> Iterator[None]:
-    """Run the block on the frozen weights.
+def adapters_off(layers: list[nn.Module], off: bool = True) -> Iterator[None]:
+    """Run the block on the frozen weights, or, with off=False, on the adapted ones.
 
     Flips the layers' own flag instead of PEFT's enable/disable, which also resets `requires_grad` of every adapter.
     """
     before = [layer._disable_adapters for layer in layers]
     try:
         for layer in layers:
-            layer._disable_adapters = True  # type: ignore[assignment]
+            layer._disable_adapters = off  # type: ignore[assignment]
         yield
     finally:
         for layer, was_disabled in zip(layers, before, strict=True):
