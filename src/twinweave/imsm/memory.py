@@ -17,39 +17,40 @@ from transformers import Cache
 
 @dataclass
 class QueryState:
-    """Running sums of the query features of everything seen so far; rides along with a cache.
+    """The query features of everything seen so far, and which of it is query; rides along with a cache.
 
-    Column 0 of both is zero, so that column c holds the sum over the tokens before column c. They are r numbers a
-    token, against thousands in the key-value cache; keeping all of them makes cropping, and going on with a longer
-    prompt, exact.
+    They are r numbers a token, against thousands in the key-value cache. Keeping all of them makes cropping exact, and
+    lets a later call say something else about earlier columns (an answer that ended early is padding from then on).
     """
 
-    sums: Tensor  # [B, columns + 1, k]
-    counts: Tensor  # [B, columns + 1]
+    features: Tensor  # [B, columns, k]
+    attended: Tensor  # bool [B, columns]: no padding
+    asked: Tensor  # bool [B, columns]: part of what the caller calls the query
     masked: bool = False  # somebody said which tokens are the query: tokens of which nothing is said are not
 
     @property
     def columns(self) -> int:
         """How many columns have been seen, padding included."""
-        return self.sums.shape[1] - 1
+        return self.features.shape[1]
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows, in the given order (beam search, batch selection)."""
-        rows = rows.to(self.sums.device)
-        self.sums, self.counts = self.sums.index_select(0, rows), self.counts.index_select(0, rows)
+        rows = rows.to(self.features.device)
+        self.features, self.attended, self.asked = self.features[rows], self.attended[rows], self.asked[rows]
 
     def crop(self, columns: int) -> None:
         """Forget the last `columns` columns."""
-        keep = self.sums.shape[1] - columns
-        self.sums, self.counts = self.sums[:, :keep], self.counts[:, :keep]
+        keep = self.columns - columns
+        self.features, self.attended = self.features[:, :keep], self.attended[:, :keep]
+        self.asked = self.asked[:, :keep]
 
 
-def ends_of_labels(labels: Tensor, attended: Tensor) -> Tensor:
+def ends_of_labels(labels: Tensor, attended: Tensor, anything_before: Tensor | None = None) -> Tensor:
     """Where the query of each position ends (exclusive column, [B, T]), when `labels` says what is being answered.
 
     Inside a run of labels (an answer) the query is everything before the run; elsewhere, everything up to the position.
-    For one answer behind one prompt this is "the tokens before the first label". An answer with nothing before it has
-    no query of its own; its positions average up to themselves.
+    For one answer behind one prompt this is "the tokens before the first label". An answer with nothing before it
+    (`anything_before`, bool [B]: not even in a cache) has no query of its own; its positions average up to themselves.
     """
     columns = torch.arange(labels.shape[1], device=labels.device).expand_as(labels)
     labelled = labels != -100
@@ -57,20 +58,36 @@ def ends_of_labels(labels: Tensor, attended: Tensor) -> Tensor:
     run_start = torch.where(starts_run, columns, 0).cummax(dim=1).values
     attended_before = attended.long().cumsum(1) - attended.long()  # tokens strictly before each column
     has_query = attended_before.gather(1, run_start) > 0
+    if anything_before is not None:
+        has_query = has_query | anything_before.unsqueeze(1)
     return torch.where(labelled & has_query, run_start, columns + 1)
 
 
-def extend(features: Tensor, included: Tensor, state: QueryState | None = None) -> QueryState:
-    """The running sums after one more chunk. `features`: [B, T, k]; `included`: bool [B, T], what may be query."""
-    # where, not a product: the states of padded positions may be NaN
-    kept = torch.where(included.unsqueeze(-1), features, 0.0)
-    sums = torch.nn.functional.pad(kept.cumsum(1), (0, 0, 1, 0))
-    counts = torch.nn.functional.pad(included.to(features.dtype).cumsum(1), (1, 0))
+def extend(
+    features: Tensor, attended: Tensor | None = None, asked: Tensor | None = None, state: QueryState | None = None
+) -> QueryState:
+    """What is known after one more chunk. `features`: [B, T, k].
+
+    `attended` and `asked` speak of the chunk, bool [B, T], or of everything so far, bool [B, columns + T]; None says
+    nothing: the chunk is attended, and it is query unless somebody said before which tokens are.
+    """
     if state is None:
-        return QueryState(sums, counts)
-    sums = torch.cat((state.sums, state.sums[:, -1:] + sums[:, 1:]), dim=1)
-    counts = torch.cat((state.counts, state.counts[:, -1:] + counts[:, 1:]), dim=1)
-    return QueryState(sums, counts, state.masked)
+        nothing = torch.zeros(features.shape[0], 0, dtype=torch.bool, device=features.device)
+        state = QueryState(features[:, :0], nothing, nothing)
+    masked = state.masked or asked is not None
+    length = features.shape[1]
+    return QueryState(
+        torch.cat((state.features, features), dim=1),
+        _joined(state.attended, attended, length, default=True),
+        _joined(state.asked, asked, length, default=not masked),
+        masked,
+    )
+
+
+def _joined(before: Tensor, said: Tensor | None, length: int, default: bool) -> Tensor:
+    if said is None:
+        said = before.new_full((before.shape[0], length), default)
+    return said if said.shape[1] == before.shape[1] + length else torch.cat((before, said), dim=1)
 
 
 def query_mean(state: QueryState, ends: Tensor) -> Tensor:
@@ -78,12 +95,17 @@ def query_mean(state: QueryState, ends: Tensor) -> Tensor:
 
     Zero where a query is empty (left padding).
     """
-    total = state.sums.gather(1, ends.unsqueeze(-1).expand(-1, -1, state.sums.shape[-1]))
-    return total / state.counts.gather(1, ends).unsqueeze(-1).clamp(min=1)
+    included = state.attended & state.asked
+    # where, not a product: the states of padded positions may be NaN
+    kept = torch.where(included.unsqueeze(-1), state.features, 0.0)
+    sums = torch.nn.functional.pad(kept.cumsum(1), (0, 0, 1, 0))  # column c: the sum over the columns before c
+    counts = torch.nn.functional.pad(included.cumsum(1), (1, 0))
+    total = sums.gather(1, ends.unsqueeze(-1).expand(-1, -1, sums.shape[-1]))
+    return total / counts.gather(1, ends).unsqueeze(-1).clamp(min=1)
 
 
 class TwinCache(Cache):
-    """A cache of the enhanced memory that carries the original memory's cache and the query's sums with it.
+    """A cache of the enhanced memory that carries the original memory's cache and the query with it.
 
     Any Cache object becomes one in place (see `pair`), so that whoever made it keeps handing it on without knowing.
     Every operation on its rows or columns is applied to both memories.
@@ -104,7 +126,7 @@ class TwinCache(Cache):
         super().batch_repeat_interleave(repeats)
         self.original.batch_repeat_interleave(repeats)
         if self.query is not None:
-            self.query.select(torch.arange(self.query.sums.shape[0]).repeat_interleave(repeats))
+            self.query.select(torch.arange(self.query.features.shape[0]).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the given rows."""

@@ -145,9 +145,10 @@ class IMSMModel(PeftModelForCausalLM):
         its labels; `query_mask` (bool or int [B, T]) says it explicitly and wins; without either every token up to a
         position counts. `output_gate` adds `out.gate`, [B, T, d]: the share of the original memory.
         """
-        if query_mask is not None and input_ids is not None and query_mask.shape[0] != input_ids.shape[0]:
+        source = input_ids if input_ids is not None else inputs_embeds
+        if query_mask is not None and source is not None and query_mask.shape[0] != source.shape[0]:
             raise UsageError(
-                f"query_mask has {query_mask.shape[0]} rows and input_ids {input_ids.shape[0]}; give both [B, T]."
+                f"query_mask has {query_mask.shape[0]} rows and the input {source.shape[0]}; give both [B, T]."
             )
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         call = Call(attention_mask=mask, query_mask=query_mask, labels=labels, keep_gate=output_gate)
@@ -179,7 +180,8 @@ class IMSMModel(PeftModelForCausalLM):
 
         A returned cache can be continued: the query is then everything before the new answer.
         """
-        prompt = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
+        named = (kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds"))
+        prompt = next((p for p in (*args[:1], *named) if p is not None), None)
         call = Call(query_mask=query_mask)
         if prompt is None:
             call.prompt_columns = 1  # generate starts from BOS by itself
@@ -188,14 +190,23 @@ class IMSMModel(PeftModelForCausalLM):
                 kwargs["attention_mask"] = self._mask_of_prompt(prompt, kwargs)
             call.attention_mask = kwargs.get("attention_mask")
             call.prompt_columns = _prompt_columns(prompt, call.attention_mask, kwargs.get("past_key_values"))
+            if query_mask is not None and query_mask.shape != (prompt.shape[0], call.prompt_columns):
+                raise UsageError(
+                    f"query_mask is {list(query_mask.shape)}; the prompt, with what is in the cache, is "
+                    f"{[prompt.shape[0], call.prompt_columns]}. Give it that shape."
+                )
         with self._calling(call):
             return super().generate(*args, **kwargs)
 
     def _mask_of_prompt(self, prompt: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """The attention mask that transformers would infer (padding known, never an EOS), made visible to the gate."""
-        config = kwargs.get("generation_config") or self.generation_config
-        pad = kwargs.get("pad_token_id", config.pad_token_id)
-        eos = kwargs.get("eos_token_id", config.eos_token_id)
+        config = kwargs.get("generation_config")
+
+        def setting(name: str) -> Any:  # an argument, then the caller's config, then the model's
+            values = (kwargs.get(name), getattr(config, name, None), getattr(self.generation_config, name))
+            return next((value for value in values if value is not None), None)
+
+        pad, eos = setting("pad_token_id"), setting("eos_token_id")
         eos_ids = eos if isinstance(eos, (list, tuple)) else [eos]
         if pad is None or pad in eos_ids or kwargs.get("past_key_values") is not None:
             return None

@@ -36,17 +36,24 @@ class Call:
     keep_gate: bool = False
     gate: Tensor | None = None  # [B, T, d], filled in when keep_gate is set
 
-    def columns_of(self, mask: Tensor | None, rows: int, first: int, length: int) -> Tensor | None:
-        """The chunk [rows, length] at column `first` of a mask, as bool."""
+    def columns_of(self, mask: Tensor | None, rows: int, first: int, length: int, beyond: bool) -> Tensor | None:
+        """What a mask says of a chunk of `length` columns at column `first`, as bool.
+
+        [rows, first + length], or [rows, length] where it speaks of the chunk only. `beyond`: what holds for the
+        columns behind the prompt, of which a mask given to `generate` says nothing.
+        """
         if mask is None:
             return None
-        mask = mask.bool()
-        if self.prompt_columns is not None:  # generate: the mask covers the prompt; what is generated is no padding
-            missing = max(first + length - mask.shape[1], 0)
-            mask = nn.functional.pad(mask, (0, missing), value=True)[:, first : first + length]
-        else:  # a caller's chunk: the mask is as long as the chunk or as everything so far
-            mask = mask[:, -length:]
-        return mask.repeat_interleave(rows // mask.shape[0], dim=0)  # beams and num_return_sequences
+        columns, mask = first + length, mask.bool()
+        if self.prompt_columns is not None:
+            mask = nn.functional.pad(mask, (0, max(columns - mask.shape[1], 0)), value=beyond)
+        elif mask.shape[1] < columns and mask.shape[1] != length:
+            raise UsageError(
+                f"A mask has {mask.shape[1]} columns, but {length} tokens are passed now and {columns} were so far. "
+                "Give it either length."
+            )
+        # every row of the caller's batch may have become several: beams, num_return_sequences
+        return mask[:, :columns].repeat_interleave(rows // mask.shape[0], dim=0)
 
 
 def adapter_layers(model: nn.Module) -> list[nn.Module]:
@@ -136,7 +143,7 @@ def _query_projection(
     twin: TwinCache | None,
     kwargs: dict[str, Any],
 ) -> Tensor | None:
-    """Each position's projected query memory, [B, T, r]; the sums go into the cache."""
+    """Each position's projected query memory, [B, T, r]; what it was made of goes into the cache."""
     if not gate.reads_query:
         return None
     rows, length = enhanced.shape[:2]
@@ -146,28 +153,18 @@ def _query_projection(
     mask = call.attention_mask
     if mask is None and isinstance(kwargs.get("attention_mask"), Tensor) and kwargs["attention_mask"].ndim == 2:
         mask = kwargs["attention_mask"]  # a trainer that calls the decoder itself
-    attended = call.columns_of(mask, rows, first, length)
-    if attended is None:
-        attended = torch.ones(rows, length, dtype=torch.bool, device=enhanced.device)
-    included = attended
-    asked = call.columns_of(call.query_mask, rows, first, length)
-    if asked is not None:
-        included = attended & asked
-    elif state is not None and state.masked:
-        included = torch.zeros_like(attended)
-
-    columns = torch.arange(1, length + 1, device=enhanced.device)
-    if call.prompt_columns is not None:
-        ends = (columns + first).clamp(max=call.prompt_columns).expand(rows, -1)
-    elif call.labels is not None and asked is None:
-        ends = ends_of_labels(call.labels, attended) + first
-    else:
-        ends = (columns + first).expand(rows, -1)
-
-    state = extend(gate.project_query(original, enhanced), included, state)
-    state.masked = state.masked or asked is not None
+    attended = call.columns_of(mask, rows, first, length, beyond=True)
+    asked = call.columns_of(call.query_mask, rows, first, length, beyond=False)
+    state = extend(gate.project_query(original, enhanced), attended, asked, state)
     if twin is not None:
         twin.query = state
+
+    ends = torch.arange(first + 1, first + length + 1, device=enhanced.device).expand(rows, -1)
+    if call.prompt_columns is not None:
+        ends = ends.clamp(max=call.prompt_columns)
+    elif call.labels is not None and asked is None:
+        before, now = state.attended[:, :first], state.attended[:, first:]
+        ends = ends_of_labels(call.labels, now, before.any(1)) + first
     return query_mean(state, ends)
 
 
