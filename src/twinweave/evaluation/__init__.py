@@ -1,0 +1,51 @@
+"""What a model can do, and what it kept: tasks, metrics, the runner, retention and statistics."""
+
+from twinweave.evaluation.generate import generate_texts
+from twinweave.evaluation.lens import original_shares, read_lens, token_texts
+from twinweave.evaluation.likelihood import forward_logits, log_likelihoods
+from twinweave.evaluation.metrics import (
+    METRICS,
+    Metric,
+    contains_alias,
+    exact_match,
+    exact_text,
+    f1_binary,
+    matthews_correlation,
+    normalize_answer,
+    number_match,
+    token_f1,
+)
+from twinweave.evaluation.retention import forgetting, retained_score
+from twinweave.evaluation.runner import TaskScore, evaluate_task, evaluate_tasks
+from twinweave.evaluation.statistics import bootstrap_ci95, mean_ci95, paired_difference
+from twinweave.evaluation.tasks import KNOWN_TASKS, Task, resolve_task
+
+__all__ = [
+    "KNOWN_TASKS",
+    "METRICS",
+    "Metric",
+    "Task",
+    "TaskScore",
+    "bootstrap_ci95",
+    "contains_alias",
+    "evaluate_task",
+    "evaluate_tasks",
+    "exact_match",
+    "exact_text",
+    "f1_binary",
+    "forgetting",
+    "forward_logits",
+    "generate_texts",
+    "log_likelihoods",
+    "matthews_correlation",
+    "mean_ci95",
+    "normalize_answer",
+    "number_match",
+    "original_shares",
+    "paired_difference",
+    "read_lens",
+    "resolve_task",
+    "retained_score",
+    "token_f1",
+    "token_texts",
+]

@@ -1,0 +1,90 @@
+"""Greedy answers to many prompts: batched, cached, sorted by length. Knows nothing about tasks or metrics."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from twinweave.data.collator import attention_mask_of, pad_rows
+from twinweave.evaluation.likelihood import Tokens, batches_by_length
+
+
+class _StopTexts(StoppingCriteria):
+    """Ends a row once one of the texts is in its answer; the prompt is not looked at."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int) -> None:
+        self.tokenizer, self.stop, self.prompt_length = tokenizer, stop, prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        texts = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        ended = [any(stop in text for stop in self.stop) for text in texts]
+        return torch.tensor(ended, dtype=torch.bool, device=input_ids.device)
+
+
+def generate_texts(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Tokens],
+    *,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+    batch_size: int = 16,
+    progress: bool = False,
+    description: str = "Generating",
+) -> list[str]:
+    """The model's greedy answer to each prompt, cut before the first of the `stop` texts, without outer white space.
+
+    Args:
+        model: any causal language model of transformers, adapted or not; should be in evaluation mode.
+        tokenizer: must have a padding token.
+        prompts: token ids.
+        max_new_tokens: the longest answer in tokens.
+        stop: texts that end an answer.
+        batch_size: prompts per pass.
+        progress: show a bar called `description`.
+        description: see `progress`.
+    """
+    device = next(model.parameters()).device
+    settings = _greedy_settings(model, tokenizer, max_new_tokens)
+    answers = [""] * len(prompts)
+    for batch in batches_by_length([len(prompt) for prompt in prompts], batch_size, description, progress):
+        ids = [prompts[index] for index in batch]
+        input_ids = pad_rows(ids, settings.pad_token_id, side="left").to(device)
+        length = input_ids.shape[1]
+        criteria = [_StopTexts(tokenizer, stop, length)] if stop else []
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask_of(ids, side="left").to(device),
+            generation_config=settings,
+            stopping_criteria=StoppingCriteriaList(criteria),
+        )
+        texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
+        for index, text in zip(batch, texts, strict=True):
+            answers[index] = _cut(text, stop).strip()
+    return answers
+
+
+def _greedy_settings(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+    # What a model's own file says about sampling, beams and penalties must not leak into a score; chat models name
+    # several ends of text there, and those count.
+    own_ends = model.generation_config.eos_token_id
+    ends = own_ends if isinstance(own_ends, list) else [own_ends]
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}),
+    )
+
+
+def _cut(text: str, stop: Sequence[str]) -> str:
+    return text[: min((text.index(mark) for mark in stop if mark in text), default=len(text))]
