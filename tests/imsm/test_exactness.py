@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+from itertools import pairwise
 
 import pytest
 import torch
@@ -254,7 +255,7 @@ def test_more_retention_means_more_of_the_original(make_imsm, ids):
     model, shares = make_imsm(), []
     for model.retention in (-4.0, -1.0, 0.0, 1.0, 4.0):
         shares.append(model(input_ids=ids, output_gate=True).gate)
-    assert all((low < high).all() for low, high in zip(shares, shares[1:], strict=False))
+    assert all((low < high).all() for low, high in pairwise(shares))
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3"])

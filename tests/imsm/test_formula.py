@@ -16,7 +16,7 @@ def two_runs(model, **inputs):
 
 
 def woven_by_hand(model, h, h_tuned, query_of):
-    """Logits from u = [q; h; h'; q'], g = σ(u W_A W_B), z = g∘h + (1-g)∘h'; query_of(row, t) lists the query's columns."""
+    """Logits from u = [q; h; h'; q'], g = σ(u W_A W_B), z = g∘h + (1-g)∘h'; query_of(row, t): the query's columns."""
     gate, rows, length, d = model.gate, *h.shape
     logits = []
     for b in range(rows):

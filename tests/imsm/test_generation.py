@@ -166,9 +166,8 @@ def test_from_embeddings(model, prompts):
 def test_from_nothing(models):
     got = models["llama"].generate(max_new_tokens=5, do_sample=False)
     assert torch.equal(got, generate(models["llama"], torch.tensor([[1]]), "plain", max_new_tokens=5))
-    assert torch.equal(
-        models["llama"].generate(inputs=None, input_ids=torch.tensor([[1]]), max_new_tokens=5, do_sample=False), got
-    )
+    bos = torch.tensor([[1]])
+    assert torch.equal(models["llama"].generate(inputs=None, input_ids=bos, max_new_tokens=5, do_sample=False), got)
 
 
 def returned(model, ids, mode="greedy", **options):
