@@ -31,15 +31,18 @@ SWEEPS = {
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
-def build_results(seeds: int = 3, sweeps: bool = True, lens: bool = True, noise: float = 0.012) -> dict[str, Any]:
-    """The contents of a `results.json`, the same for the same arguments."""
+def build_results(
+    seeds: int = 3, sweeps: bool = True, lens: bool = True, small: bool = False, noise: float = 0.012
+) -> dict[str, Any]:
+    """The contents of a `results.json`, the same for the same arguments; `small` has the first two methods only."""
     random = np.random.default_rng(7)
-    runs = [_run(m, s, {}, *METHODS[m][1:], random, noise) for m in METHODS for s in range(seeds)]
+    methods = list(METHODS)[: 2 if small else None]
+    runs = [_run(m, s, {}, *METHODS[m][1:], random, noise) for m in methods for s in range(seeds)]
     for method, (_, key, values) in SWEEPS.items() if sweeps else ():
         for value in values:
             point = _sweep_point(key, value)
             runs += [_run(method, s, {key: value}, *point, random, noise) for s in range(seeds)]
-    return {
+    results = {
         "schema": 1,
         "name": "pocket-reverse",
         "base": {
@@ -64,14 +67,14 @@ def build_results(seeds: int = 3, sweeps: bool = True, lens: bool = True, noise:
         },
         "runs": runs,
         "summary": summarise(runs),
-        "comparisons": [compare(runs, m, "peft") for m in METHODS if m != "peft"],
+        "comparisons": [compare(runs, m, "peft") for m in methods if m != "peft"],
         "lens": _lens() if lens else [],
         "recipe": {
             "name": "pocket-reverse",
             "base": "pocket",
             "target": "reverse_words",
             "retained": [name for name, (role, _, _) in TASKS.items() if role == "retained"],
-            "methods": [*METHODS, *SWEEPS],
+            "methods": [*methods, *SWEEPS],
             "seeds": list(range(seeds)),
             "peft": {"type": "lora", "r": 16, "alpha": 16, "target_modules": "all-linear"},
             "training": {"steps": 800, "batch_size": 32, "learning_rate": 0.002, "gate_learning_rate": 0.01},
@@ -83,6 +86,16 @@ def build_results(seeds: int = 3, sweeps: bool = True, lens: bool = True, noise:
             "date": "2026-11-21T10:47:00+00:00",
         },
     }
+    return _without_tasks(results, ["letter_after", "works_as", "lives_in", "friend_of"]) if small else results
+
+
+def _without_tasks(results: dict[str, Any], names: list[str]) -> dict[str, Any]:
+    """The same results with some retained tasks never measured."""
+    for name in names:
+        del results["tasks"][name]
+        for run in results["runs"]:
+            del run["retained"][name]
+    return results
 
 
 def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from .palette import SENTINEL
 from .study import Row, Study, Task, base_score, seed_scores
 from .units import FRACTION, NATS, number, scaled, unit_word
 
-WIDTH, ROW_HEIGHT = 340, 40
+WIDTH, ROW_HEIGHT = 280, 38
 # Narrower ranges would make noise look like news (in the unit as drawn: points, nats).
 LEAST_RANGE = {FRACTION: 10.0, NATS: 0.1}
 
@@ -26,20 +26,18 @@ def measured_rows(study: Study, task: Task) -> list[tuple[Row, list[float]]]:
 
 
 def before_after(study: Study, task: Task, colours: Colours = SENTINEL) -> Figure | None:
-    """The base as a dashed line, each method's mean as a mark and its seeds as strokes; None without scores."""
+    """The base as an upright line, each method's mean as a mark and its seeds as strokes; None without scores."""
     rows = measured_rows(study, task)
     if not rows:
         return None
     base, styles = base_score(study, task), looks(study)
-    figure, axes = empty_axes(WIDTH, 48 + ROW_HEIGHT * len(rows), (12, 22, 12, 26), colours)
+    figure, axes = empty_axes(WIDTH, 34 + ROW_HEIGHT * len(rows), (10, 6, 10, 26), colours)
     axes.grid(visible=False, axis="y")
     for place, (row, scores) in enumerate(rows):
         _draw_row(axes, place, row, scores, base, task, styles[row.method], colours)
     axes.set_ylim(len(rows) - 0.62, -0.72)
     axes.set_yticks([])
     _set_range(axes, task, [score for _, scores in rows for score in scores] + ([] if base is None else [base]))
-    if base is not None:
-        _draw_base(axes, scaled(base, task.unit), f"base {number(base, task.unit)}", colours)
     return figure
 
 
@@ -58,13 +56,15 @@ def _draw_row(
     x = scaled(mean, task.unit)
     axes.axhline(place, color=colours["grid"], lw=1, zorder=0)
     if base is not None:
-        axes.plot([scaled(base, task.unit), x], [place, place], color=colour, lw=2.6, zorder=2)
+        start = scaled(base, task.unit)
+        axes.plot([start, x], [place, place], color=colour, lw=2.6, zorder=2)
+        axes.plot([start, start], [place - 0.17, place + 0.17], color=colours["ink"], lw=1.6, zorder=3)
     if len(values) > 1:
         axes.plot(values, [place] * len(values), "|", color=colour, ms=11, mew=1.2, zorder=3)
     axes.plot(x, place, look.marker, color=colour, ms=9, mec=colours["card"], mew=1.2, zorder=4)
     change = "" if base is None else f" ({number(mean - base, task.unit, signed=True)})"
     for end, side, text, shade in (
-        (0, "left", shortened(row.label, 30), "ink"),
+        (0, "left", shortened(row.label, 26), "ink"),
         (1, "right", number(mean, task.unit) + change, "muted"),
     ):
         axes.annotate(
@@ -72,7 +72,7 @@ def _draw_row(
             (end, place),
             (0, 17),
             xycoords=("axes fraction", "data"),
-            textcoords="offset pixels",
+            textcoords="offset points",
             ha=side,
             va="center",
             color=colours[shade],
@@ -89,21 +89,3 @@ def _set_range(axes: Axes, task: Task, scores: list[float]) -> None:
     low, high = low - missing - pad, high + missing + pad
     axes.set_xlim(*((low, high) if task.higher_is_better else (high, low)))
     axes.xaxis.set_major_locator(MaxNLocator(4))
-
-
-def _draw_base(axes: Axes, x: float, text: str, colours: Colours) -> None:
-    axes.axvline(x, color=colours["ink"], lw=1.1, ls=(0, (2, 2)), zorder=1)
-    low, high = axes.get_xlim()
-    share = (x - low) / (high - low)
-    side = "left" if share < 0.25 else "right" if share > 0.75 else "center"
-    axes.annotate(
-        text,
-        (x, 1),
-        (0, 10),
-        xycoords=("data", "axes fraction"),
-        textcoords="offset pixels",
-        ha=side,
-        va="center",
-        color=colours["ink"],
-        fontsize=SMALL,
-    )

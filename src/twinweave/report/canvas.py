@@ -31,7 +31,7 @@ class Look:
 
 
 def looks(study: Study) -> dict[str, Look]:
-    """One look per method. A sweep has the colour of the method it is named after, and hollow marks."""
+    """One look per method. A sweep has the colour of the method it is named after, and small hollow marks on a line."""
     methods = study.methods()
     plain = [row.method for row in study.plain_rows()]
     series: dict[str, int] = {}
@@ -39,10 +39,14 @@ def looks(study: Study) -> dict[str, Look]:
         parents = [name for name in plain if method.startswith(f"{name}_")]
         own = method in plain or not parents
         series[method] = len(set(series.values())) if own else series[max(parents, key=len)]
-    return {
-        method: Look(series[method] % SERIES, MARKERS[place % len(MARKERS)], method not in plain)
-        for place, method in enumerate(methods)
-    }
+    shapes = {"plain": 0, "sweep": 0}
+    chosen = {}
+    for method in methods:
+        kind = "plain" if method in plain else "sweep"
+        marker = MARKERS[shapes[kind] % len(MARKERS)]
+        chosen[method] = Look(series[method] % SERIES, marker, sweep=kind == "sweep")
+        shapes[kind] += 1
+    return chosen
 
 
 def empty_axes(
@@ -66,10 +70,22 @@ def empty_axes(
 
 def name_axes(axes: Axes, vertical: str, horizontal: str, colours: Colours) -> None:
     """Name both axes in level text: the vertical one above its top, the horizontal one below its right end."""
-    style = {"color": colours["muted"], "fontsize": SMALL, "annotation_clip": False, "textcoords": "offset pixels"}
-    left = axes.get_position().x0 * axes.figure.get_figwidth() * PIXELS_PER_INCH
-    axes.annotate(vertical, (0, 1), (-left + 2, 14), xycoords="axes fraction", ha="left", va="center", **style)
-    axes.annotate(horizontal, (1, 0), (0, -33), xycoords="axes fraction", ha="right", va="center", **style)
+    for text, place, coordinates, offset, side in (
+        (vertical, (2, 1), ("figure points", "axes fraction"), 14, "left"),
+        (horizontal, (1, 0), ("axes fraction", "axes fraction"), -33, "right"),
+    ):
+        axes.annotate(
+            text,
+            place,
+            (0, offset),
+            xycoords=coordinates,
+            textcoords="offset points",
+            annotation_clip=False,
+            ha=side,
+            va="center",
+            color=colours["muted"],
+            fontsize=SMALL,
+        )
 
 
 def shortened(text: str, length: int) -> str:

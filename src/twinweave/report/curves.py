@@ -15,7 +15,7 @@ from .study import Curve, Study
 from .units import NATS, finite, number
 
 KINDS = ("train", "validation")
-WIDTH, HEIGHT = 340, 236
+WIDTH, HEIGHT = 280, 210
 FEW = 12
 
 
@@ -39,7 +39,7 @@ def mean_curve(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray]:
     first, last = max(curve[0][0] for curve in curves), min(curve[-1][0] for curve in curves)
     inside = steps[(steps >= first) & (steps <= last)]
     steps = inside if len(inside) else steps
-    return steps, np.mean([np.interp(steps, *zip(*curve, strict=True)) for curve in curves], axis=0)
+    return steps, np.mean([np.interp(steps, *np.array(curve).T) for curve in curves], axis=0)
 
 
 def learning_curves(study: Study, method: str, colours: Colours = SENTINEL) -> Figure | None:
@@ -57,7 +57,7 @@ def learning_curves(study: Study, method: str, colours: Colours = SENTINEL) -> F
             x, y = mean_curve(seeds)
             marked = len(x) == 1 or (kind == "validation" and len(x) <= FEW)
             marker = look.marker if marked else ""
-            axes.plot(x, y, color=colour, lw=2, ls=dashes, marker=marker, ms=5.5, mec=colours["card"], zorder=3)
+            axes.plot(x, y, color=colour, lw=2, ls=dashes, marker=marker, ms=4.5, zorder=3)
     axes.set_ylim(*_shared_range(study))
     axes.margins(x=0.03)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))

@@ -5,7 +5,8 @@ An interval that crosses zero gives "no difference could be shown"; one seed giv
 
 from typing import Any
 
-from .study import Comparison, Difference, Row, Study, read_study
+from .reading import read_study
+from .study import Comparison, Difference, Row, Study
 from .units import interval, number, quantity, unit_word
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -15,11 +16,13 @@ from twinweave.files import temporary_sibling
 
 from .canvas import PIXELS_PER_INCH, SMALL, TEXT, Colours, Look, empty_axes, looks, name_axes
 from .palette import LIGHT, SENTINEL
-from .study import Interval, Row, Study, read_study
+from .reading import read_study
+from .study import Interval, Row, Study
 from .svg import figure_style
-from .units import interval, plain, quantity, scaled, unit_word
+from .units import interval, quantity, scaled, setting_text, unit_word
 
 NARROW = 500
+LABEL_DROP, FREE = 14, 20
 PNG_WIDTH, WIDTH = 1200, 720
 
 
@@ -37,7 +40,7 @@ def frontier(study: Study, colours: Colours = SENTINEL, width: int = WIDTH, lege
     figure, axes = empty_axes(width, width * (1.02 if narrow else 0.6), (46, 34, 14, 44), colours)
     styles = looks(study)
     for method in study.methods():
-        _draw_sweep(axes, study, method, styles[method], colours, label_ends=not narrow)
+        _draw_sweep(axes, study, method, styles[method], colours)
     for row in study.plain_rows():
         _draw_point(axes, row, study, styles[row.method], colours)
     _draw_base(axes, study, colours)
@@ -45,6 +48,8 @@ def frontier(study: Study, colours: Colours = SENTINEL, width: int = WIDTH, lege
     axes.autoscale_view()
     if not study.higher_is_better:
         axes.invert_yaxis()
+    if not narrow:
+        _label_sweep_ends(axes, study, colours)
     axes.axvline(0, color=colours["rule"], lw=1.4, zorder=1)
     _draw_better_corner(axes, colours, narrow)
     target = "Target score" if study.higher_is_better else "Target loss"
@@ -92,6 +97,13 @@ def frontier_png(results: dict[str, Any], path: str | os.PathLike[str]) -> Path:
     return path
 
 
+def _place(study: Study, row: Row) -> tuple[float, float] | None:
+    """Where a row's mark goes: forgetting and target as drawn; None where one of them is unknown."""
+    if row.target is None or row.forgetting is None:
+        return None
+    return scaled(row.forgetting, study.forgetting_unit), scaled(row.target, study.target_unit)
+
+
 def _bars(value: float, bounds: Interval | None, unit: str) -> list[list[float]] | None:
     """An interval as the two lengths that error bars want."""
     if bounds is None:
@@ -101,40 +113,61 @@ def _bars(value: float, bounds: Interval | None, unit: str) -> list[list[float]]
 
 
 def _draw_point(axes: Axes, row: Row, study: Study, look: Look, colours: Colours) -> None:
-    if row.target is None or row.forgetting is None:
+    place = _place(study, row)
+    if place is None:
         return
-    x, y = scaled(row.forgetting, study.forgetting_unit), scaled(row.target, study.target_unit)
-    colour = colours[look.colour]
+    (x, y), colour = place, colours[look.colour]
     axes.errorbar(
         x,
         y,
         xerr=_bars(x, row.forgetting_ci, study.forgetting_unit),
         yerr=_bars(y, row.target_ci, study.target_unit),
         fmt="none",
+        color=colour,
         ecolor=colour,
-        elinewidth=1.1 if look.sweep else 1.7,
+        elinewidth=0.9 if look.sweep else 1.7,
         capsize=0 if look.sweep else 3,
         zorder=3 if look.sweep else 5,
     )
     face, edge = (colours["card"], colour) if look.sweep else (colour, colours["card"])
-    size = 5.5 if look.sweep else 10
+    size = 6 if look.sweep else 10
     axes.plot(x, y, look.marker, ms=size, color=face, mec=edge, mew=1.4, zorder=4 if look.sweep else 6)
 
 
-def _draw_sweep(axes: Axes, study: Study, method: str, look: Look, colours: Colours, label_ends: bool) -> None:
-    points = [row for row in study.sweep(method) if row.target is not None and row.forgetting is not None]
-    places = [
-        (scaled(row.forgetting or 0.0, study.forgetting_unit), scaled(row.target or 0.0, study.target_unit))
-        for row in points
-    ]
+def _draw_sweep(axes: Axes, study: Study, method: str, look: Look, colours: Colours) -> None:
+    points = study.sweep(method)
+    places = [place for row in points if (place := _place(study, row))]
     if len(places) > 1:
         axes.plot(*zip(*places, strict=True), color=colours[look.colour], lw=1.5, zorder=2)
     for row in points:
         _draw_point(axes, row, study, Look(look.series, look.marker, sweep=True), colours)
-    for row, place in zip(points, places, strict=True):
-        if label_ends and row in (points[0], points[-1]):
-            text = ", ".join(plain(value) for value in row.setting.values())
-            axes.annotate(text, place, (7, -9), textcoords="offset pixels", color=colours["muted"], fontsize=SMALL - 1)
+
+
+def _backing(colours: Colours) -> dict[str, Any]:
+    """A quiet ground for text, so that no grid line runs through it."""
+    return {"facecolor": colours["card"], "edgecolor": "none", "pad": 1.5}
+
+
+def _label_sweep_ends(axes: Axes, study: Study, colours: Colours) -> None:
+    """The setting at both ends of each sweep, unless a method's own mark is in the way."""
+    figure_points = [axes.transData.transform(place) for row in study.plain_rows() if (place := _place(study, row))]
+    for method in study.methods():
+        sweep = [(row, place) for row in study.sweep(method) if (place := _place(study, row))]
+        for row, place in sweep[:1] + sweep[1:][-1:]:
+            below = axes.transData.transform(place) - np.array([0, LABEL_DROP])
+            if all(abs(below - other).max() > FREE for other in figure_points):
+                axes.annotate(
+                    setting_text(row.setting),
+                    place,
+                    (0, -LABEL_DROP),
+                    textcoords="offset points",
+                    ha="center",
+                    va="center",
+                    color=colours["muted"],
+                    fontsize=SMALL,
+                    bbox=_backing(colours),
+                    zorder=1.8,
+                )
 
 
 def _draw_base(axes: Axes, study: Study, colours: Colours) -> None:
@@ -145,9 +178,9 @@ def _draw_base(axes: Axes, study: Study, colours: Colours) -> None:
     axes.annotate(
         "base",
         place,
-        (-11, 0),
-        textcoords="offset pixels",
-        ha="right",
+        (11, 0),
+        textcoords="offset points",
+        ha="left",
         va="center",
         color=colours["ink"],
         fontsize=TEXT,
@@ -166,6 +199,7 @@ def _draw_better_corner(axes: Axes, colours: Colours, narrow: bool) -> None:
         style="italic",
         ha="left",
         va="center",
+        bbox=_backing(colours),
         arrowprops={"arrowstyle": "->", "color": colours["muted"], "lw": 1.4, "shrinkA": 2, "shrinkB": 0},
         zorder=1.5,
     )

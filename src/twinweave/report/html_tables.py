@@ -46,26 +46,26 @@ def summary(study: Study) -> HtmlTable:
     direction = "higher is better" if study.higher_is_better else "lower is better"
     families = list(dict.fromkeys(task.family for task in study.retained))
     families = families if len(families) > 1 else []
-    head = [Cell("Method"), Cell("Seeds"), Cell("Target", f"{unit_word(t_unit)}, {direction}")]
+    head = [Cell("Method"), Cell("Target", f"{unit_word(t_unit)}, {direction}")]
     head.append(Cell("Forgetting", f"{unit_word(f_unit)}, lower is better"))
     names = {"near": "near", "far": "far", "other": "other"}
     head += [Cell(f"… {names[family]}", unit_word(family_unit(study, family))) for family in families]
+    head.append(Cell("Seeds"))
     table = HtmlTable("", head)
     if study.base_target is not None:
         zeros = [Cell(number(0.0, f_unit) if study.retained else MISSING)]
         zeros += [Cell(number(0.0, family_unit(study, family))) for family in families]
-        table.rows.append([Cell("Base", "untouched"), Cell(""), Cell(number(study.base_target, t_unit)), *zeros])
+        table.rows.append([Cell("Base", "untouched"), Cell(number(study.base_target, t_unit)), *zeros, Cell("")])
     styles = looks(study)
     for row in study.rows:
         cells = [
             Cell(row.label, setting_text(row.setting), key(styles[row.method])),
-            Cell(str(row.seeds)),
             Cell(number(row.target, t_unit), interval(row.target_ci, t_unit)),
             Cell(number(row.forgetting, f_unit), interval(row.forgetting_ci, f_unit)),
         ]
         for family in families:
             cells.append(Cell(number(family_forgetting(study, row, family), family_unit(study, family))))
-        table.rows.append(cells)
+        table.rows.append([*cells, Cell(str(row.seeds))])
     return table
 
 
@@ -76,17 +76,17 @@ def differences(study: Study) -> HtmlTable | None:
     t_unit, f_unit = study.target_unit, study.forgetting_unit
     table = HtmlTable(
         "Differences, paired over seeds",
-        [Cell("Comparison"), Cell("Seeds"), Cell("Target", unit_word(t_unit)), Cell("Forgetting", unit_word(f_unit))],
+        [Cell("Comparison"), Cell("Target", unit_word(t_unit)), Cell("Forgetting", unit_word(f_unit))],
     )
-    table.head.append(Cell("What it shows"))
+    table.head.extend([Cell("What it shows"), Cell("Seeds")])
     for c in study.comparisons:
         table.rows.append(
             [
                 Cell(study.label(c.method), f"minus {study.label(c.against)}"),
-                Cell(str(c.seeds)),
                 Cell(number(c.target.mean, t_unit, signed=True), interval(c.target.ci, t_unit, signed=True)),
                 Cell(number(c.forgetting.mean, f_unit, signed=True), interval(c.forgetting.ci, f_unit, signed=True)),
                 Cell(_words(study, c)),
+                Cell(str(c.seeds)),
             ]
         )
     return table
@@ -171,8 +171,8 @@ def every_run(study: Study) -> HtmlTable | None:
             Cell(number(finite(run.get("retained_score")), study.forgetting_unit)),
             Cell(number(finite(run.get("forgetting")), study.forgetting_unit)),
             Cell(amount(run.get("train_seconds"))),
-            Cell(amount(run.get("tokens_per_second"), decimals=0)),
-            Cell(amount(run.get("peak_memory_bytes"), MEBIBYTE, 0)),
+            Cell(amount(run.get("tokens_per_second") or None, decimals=0)),
+            Cell(amount(run.get("peak_memory_bytes") or None, MEBIBYTE, 0)),
             Cell(count(run.get("trainable_parameters"))),
         ]
         table.rows.append(cells + [Cell(score) for score in scores])

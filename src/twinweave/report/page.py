@@ -3,6 +3,7 @@
 Draws nothing and computes nothing itself; it puts the parts into the template. No script, no outside address.
 """
 
+import json
 import os
 from dataclasses import dataclass
 from importlib.resources import files
@@ -24,11 +25,12 @@ from .finding import study_finding
 from .frontier import WIDTH, frontier, frontier_label, has_frontier
 from .html_tables import FAMILY_NAMES, HtmlTable
 from .palette import DARK, LENS_LEVELS, LIGHT, css_variables
-from .study import FAMILIES, Study, Task, read_study
+from .reading import read_study
+from .study import FAMILIES, Study, Task, base_score
 from .svg import figure_style, inline_svg
-from .units import unit_word
+from .units import number, unit_word
 
-PHONE_WIDTH = 350
+PHONE_WIDTH = 310
 
 
 @dataclass(frozen=True)
@@ -37,8 +39,8 @@ class Panel:
 
     title: str
     note: str
+    start: str
     svg: Markup
-    text: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,6 @@ def _render(sections: list[Section]) -> str:
         light=Markup(css_variables(LIGHT)),
         dark=Markup(css_variables(DARK)),
         lens_levels=range(LENS_LEVELS),
-        series=range(len([name for name in LIGHT if name.startswith("series-")])),
     )
 
 
@@ -136,7 +137,7 @@ def _facts(study: Study) -> list[str]:
         f"{kept} retained task{'' if kept == 1 else 's'}",
         f"{methods} method{'' if methods == 1 else 's'}",
         f"{spread} seed{'' if spread == '1' else 's'}",
-        str(study.provenance.get("date") or ""),
+        str(study.provenance.get("date") or "").partition("T")[0],
     ]
     return [fact for fact in facts if fact]
 
@@ -168,10 +169,11 @@ def _task_panel(study: Study, task: Task, prefix: str) -> Panel | None:
     if figure is None:
         return None
     direction = "higher is better" if task.higher_is_better else "lower is better"
+    base = base_score(study, task)
+    start = "" if base is None else f"base {number(base, task.unit)}"
     note = f"{task.metric}, {unit_word(task.unit)}, {direction}"
-    return Panel(
-        task.name, note, inline_svg(figure, _identifier(prefix), before_after_label(study, task)), task.description
-    )
+    svg = inline_svg(figure, _identifier(prefix), before_after_label(study, task))
+    return Panel(task.name, note, start, svg)
 
 
 def _curves(study: Study, prefix: str) -> list[Panel]:
@@ -181,7 +183,7 @@ def _curves(study: Study, prefix: str) -> list[Panel]:
             figure = learning_curves(study, method)
         if figure is not None:
             svg = inline_svg(figure, f"{prefix}-curve-{place}", learning_curves_label(study, method))
-            panels.append(Panel(study.label(method), "", svg))
+            panels.append(Panel(study.label(method), "", "", svg))
     return panels
 
 
@@ -191,6 +193,8 @@ def _identifier(text: str) -> str:
 
 
 def _yaml(recipe: dict[str, Any]) -> str:
+    # A recipe straight from memory may hold paths; YAML's safe writer knows none.
+    recipe = json.loads(json.dumps(recipe, default=str))
     return yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=100) if recipe else ""
 
 

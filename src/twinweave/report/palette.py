@@ -9,7 +9,7 @@ from itertools import pairwise
 SERIES = 8
 LENS_LEVELS = 11
 # Shapes that stay apart at small size; seven of them against eight colours repeat only after 56 methods.
-MARKERS = ("s", "o", "D", "^", "v", "P", "X")
+MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 
 LIGHT = {
     "paper": "#fbfaf7",
@@ -47,7 +47,7 @@ DARK = {
 }
 # From all new memory, over an even mix, to all original memory.
 _LENS_LIGHT = ("#ffc999", "#f1eee8", "#a9d3f5")
-_LENS_DARK = ("#7c3f10", "#2c3136", "#0f527f")
+_LENS_DARK = ("#73390c", "#2c3136", "#0c4a75")
 
 
 def _mix(low: str, high: str, share: float) -> str:

@@ -6,12 +6,14 @@ several figures share one page. Knows nothing about what is drawn.
 
 import io
 import re
+import warnings
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.markers import MarkerStyle
@@ -40,7 +42,9 @@ def figure_style(salt: str = "twinweave") -> Iterator[None]:
 def inline_svg(figure: Figure, prefix: str, label: str) -> Markup:
     """The figure as an `<svg>` element whose ids start with `prefix` and whose text alternative is `label`."""
     buffer = io.StringIO()
-    with figure_style(prefix):
+    with figure_style(prefix), warnings.catch_warnings():
+        # The browser has the glyphs that matplotlib's font lacks; only the measure of their width is off.
+        warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     root = ET.fromstring(buffer.getvalue())
     _strip_namespaces(root)
@@ -61,8 +65,8 @@ def inline_svg(figure: Figure, prefix: str, label: str) -> Markup:
 def marker_svg(shape: str, series: int, hollow: bool, line: bool) -> Markup:
     """A small picture of a marker for legends, in the colour of its series."""
     style = MarkerStyle(shape)
-    polygon = style.get_path().transformed(style.get_transform()).to_polygons()[0]
-    reach = max(abs(polygon).max(), 0.5)
+    (polygon,) = map(np.asarray, style.get_path().transformed(style.get_transform()).to_polygons())
+    reach = max(np.abs(polygon).max(), 0.5)
     points = " ".join(f"{x / reach * 5:.2f},{-y / reach * 5:.2f}" for x, y in polygon)
     colour = f"var(--series-{series})"
     stroke = f'<path d="M-11 0H11" stroke="{colour}" stroke-width="1.6"></path>' if line else ""

@@ -6,7 +6,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .finding import study_finding
-from .study import read_study
+from .reading import read_study
 from .units import interval, number, setting_text, unit_word
 
 
