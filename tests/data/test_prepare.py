@@ -4,7 +4,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from twinweave.data import IGNORED_LABEL, prepare_training_data
+from twinweave.data import IGNORED_LABEL, prepare_training_data, to_example
 from twinweave.data.prepare import _hold_out
 from twinweave.errors import DataError, UnsupportedModelError
 
@@ -71,6 +71,16 @@ def test_common_rows_are_counted(write, words):
     assert any("2 of 4 training rows are in the test data" in warning for warning in report.warnings)
     assert any("1 of 4 training rows are in the validation data" in warning for warning in report.warnings)
     assert (report.train_rows, report.validation_rows) == (4, 1)
+
+
+def test_test_rows_may_be_examples_or_of_another_form(write, words):
+    train = write("train.jsonl", [row("a b"), row("c d")])
+    test = [to_example({"question": "A B", "answer": "yes"}, where="row 1")]
+    assert prepare_training_data(train, words, max_length=9, test=test).report.common_with_test == 1
+    other = write("test.jsonl", [{"text": "a b yes"}])
+    report = prepare_training_data(train, words, max_length=9, test=other).report
+    assert report.common_with_test == 0
+    assert any("not compared with the test data" in warning for warning in report.warnings)
 
 
 def test_templates_and_limit(write, words):

@@ -1,3 +1,4 @@
+import copy
 import logging
 import warnings
 
@@ -5,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
 
 from twinweave.evaluation import generate_texts
 from twinweave.evaluation.generate import _cut
@@ -64,19 +66,27 @@ def test_a_stop_text_in_the_prompt_does_not_count(llama, tokenizer):
     assert generate_texts(llama, tokenizer, [[9, 10]], max_new_tokens=8, stop=stop)[0] == _cut(whole[0], stop).strip()
 
 
-def test_the_models_own_sampling_settings_do_not_leak(llama, tokenizer, caplog):
-    before = generate_texts(llama, tokenizer, [[9, 10], [11]], max_new_tokens=8)
-    kept = llama.generation_config.to_dict()
-    own = {"do_sample": True, "temperature": 5.0, "top_p": 0.3, "num_beams": 3, "repetition_penalty": 9.0}
-    llama.generation_config.update(**own)
-    try:
-        with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
-            warnings.simplefilter("error")
-            assert generate_texts(llama, tokenizer, [[9, 10], [11]], max_new_tokens=8) == before
-        assert not caplog.records
-        assert llama.generation_config.temperature == 5.0
-    finally:
-        llama.generation_config.update(**kept)
+def noisy(model):
+    model.generation_config.update(do_sample=True, temperature=5.0, top_p=0.3, num_beams=3, repetition_penalty=9.0)
+    model.generation_config.update(max_length=20, min_p=0.1, no_repeat_ngram_size=1)
+    return model
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_models_own_settings_neither_leak_nor_warn(tokenizer, llama, caplog, monkeypatch, adapted):
+    prompts = [[9, 10], [11]]
+    before = generate_texts(llama, tokenizer, prompts, max_new_tokens=8)
+    model = noisy(copy.deepcopy(llama))
+    if adapted:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM")).eval()
+    own = model.generation_config
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    with warnings.catch_warnings(), caplog.at_level(logging.WARNING):
+        warnings.simplefilter("error", UserWarning)
+        assert generate_texts(model, tokenizer, prompts, max_new_tokens=8) == before
+    assert not caplog.messages
+    assert model.generation_config is own
+    assert own.temperature == 5.0
 
 
 def test_every_end_of_text_of_the_model_ends_an_answer(llama, tokenizer):

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 
 from twinweave.data import IGNORED_LABEL
+from twinweave.errors import TrainingError
 from twinweave.evaluation import forward_logits, log_likelihoods
 from twinweave.evaluation.likelihood import batches_by_length
 from twinweave.imsm import get_imsm_model
@@ -50,6 +53,13 @@ def test_padding_changes_nothing(model, rows, pad):
         other = log_likelihoods(model, rows, pad, batch_size=len(rows), with_prompt=False)
     for left, right in zip(one, other, strict=True):
         assert torch.equal(left, right)
+
+
+def test_a_diverged_model_is_not_scored(llama):
+    broken = copy.deepcopy(llama)
+    broken.lm_head.weight.data[7] = float("nan")
+    with pytest.raises(TrainingError, match="facts: the model's output is not a number"):
+        log_likelihoods(broken, [([5, 6], [5, 6])], PAD, batch_size=1, with_prompt=False, description="facts")
 
 
 @given(lengths=st.lists(st.integers(1, 50), max_size=20), batch_size=st.integers(1, 7))

@@ -62,7 +62,7 @@ def prepare_training_data(
     completion_template: str | None = None,
     validation: Source | None = None,
     validation_fraction: float = 0.05,
-    test: Source | None = None,
+    test: Source | Sequence[Example] | None = None,
     limit: int | None = None,
     seed: int = 0,
     split: str | None = None,
@@ -77,7 +77,8 @@ def prepare_training_data(
         validation: rows to validate on (of a name with splits: its "validation" split). Without it a random part
             of `source` is held out.
         validation_fraction: how much is held out: at least 1 row and at most 500.
-        test: the rows that the result will be judged on (of a name with splits: its "test" split); only compared.
+        test: the rows that the result will be judged on, as a source (of a name with splits: its "test" split) or as
+            examples; they are only compared.
         limit: use the first rows only.
         seed: of the held-out part.
         split: the split of `source`, "train" by default.
@@ -110,8 +111,7 @@ def prepare_training_data(
     if validation is not None:
         _count_common(examples, held_out, "validation", report)
     if test is not None:
-        tested = _read_examples(test, templates, split="test")
-        report.common_with_test = _count_common(examples, tested, "test", report)
+        report.common_with_test = _count_common(examples, _test_examples(test, templates, report), "test", report)
     return TrainingData(_to_dataset(encoded[0]), _to_dataset(encoded[1]), report)
 
 
@@ -124,6 +124,19 @@ def _read_examples(
         to_example(row, where=f"{source} row {number}", prompt_template=prompt, completion_template=completion)
         for number, row in enumerate(rows, start=1)
     ]
+
+
+def _test_examples(
+    test: Source | Sequence[Example], templates: tuple[str | None, str | None], report: DataReport
+) -> Sequence[Example]:
+    if not isinstance(test, str | os.PathLike):
+        return test
+    try:
+        return _read_examples(test, templates, split="test")
+    except DataError as error:
+        # Comparing is a courtesy: a test set of another form is for its task to read, and no reason to stop here.
+        report.warnings.append(f"The training rows were not compared with the test data. {error}")
+        return []
 
 
 def _hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:

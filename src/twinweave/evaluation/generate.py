@@ -1,6 +1,7 @@
 """Greedy answers to many prompts: batched, cached, sorted by length. Knows nothing about tasks or metrics."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,12 +55,13 @@ def generate_texts(
         input_ids = pad_rows(ids, settings.pad_token_id, side="left").to(device)
         length = input_ids.shape[1]
         criteria = [_StopTexts(tokenizer, stop, length)] if stop else []
-        output = model.generate(
-            input_ids=input_ids,
-            attention_mask=attention_mask_of(ids, side="left").to(device),
-            generation_config=settings,
-            stopping_criteria=StoppingCriteriaList(criteria),
-        )
+        with _no_own_settings(model):
+            output = model.generate(
+                input_ids=input_ids,
+                attention_mask=attention_mask_of(ids, side="left").to(device),
+                generation_config=settings,
+                stopping_criteria=StoppingCriteriaList(criteria),
+            )
         texts = tokenizer.batch_decode(output[:, length:], skip_special_tokens=True)
         for index, text in zip(batch, texts, strict=True):
             answers[index] = _cut(text, stop).strip()
@@ -67,23 +69,30 @@ def generate_texts(
 
 
 def _greedy_settings(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
-    # What a model's own file says about sampling, beams and penalties must not leak into a score; chat models name
-    # several ends of text there, and those count.
+    # Chat models name several ends of text in their own settings, and those count.
     own_ends = model.generation_config.eos_token_id
     ends = own_ends if isinstance(own_ends, list) else [own_ends]
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        num_beams=1,
-        temperature=1.0,
-        top_k=50,
-        top_p=1.0,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=sorted({end for end in (*ends, tokenizer.eos_token_id) if end is not None}),
     )
+
+
+@contextmanager
+def _no_own_settings(model: torch.nn.Module) -> Iterator[None]:
+    """Hide what the model's file says about sampling, beams and penalties; `generate` would mix it into ours."""
+    holders: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
+    kept = [module.generation_config for module in holders]
+    try:
+        for module in holders:
+            module.generation_config = GenerationConfig()
+        yield
+    finally:
+        for module, own in zip(holders, kept, strict=True):
+            module.generation_config = own
 
 
 def _cut(text: str, stop: Sequence[str]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from twinweave.data.collator import IGNORED_LABEL, attention_mask_of, pad_rows
+from twinweave.errors import TrainingError
 from twinweave.progress import track
 
 Tokens = list[int]
@@ -60,6 +61,9 @@ def log_likelihoods(
         with_prompt: the tokens before the first label are a prompt (see `forward_logits`).
         progress: show a bar called `description`.
         description: see `progress`.
+
+    Raises:
+        TrainingError: a log-probability is not a number.
     """
     device = next(model.parameters()).device
     results: list[Tensor] = [torch.empty(0)] * len(rows)
@@ -73,4 +77,6 @@ def log_likelihoods(
             scored = (labels[row, 1:] != IGNORED_LABEL).nonzero()[:, 0]  # positions whose next token is scored
             targets = labels[row, scored + 1]
             results[index] = -cross_entropy(logits[row, scored].float(), targets, reduction="none").cpu()
+            if results[index].isnan().any():
+                raise TrainingError(f"{description}: the model's output is not a number; its training has diverged.")
     return results
