@@ -71,7 +71,7 @@ def empty_axes(
 def name_axes(axes: Axes, vertical: str, horizontal: str, colours: Colours) -> None:
     """Name both axes in level text: the vertical one above its top, the horizontal one below its right end."""
     for text, place, coordinates, offset, side in (
-        (vertical, (2, 1), ("figure points", "axes fraction"), 14, "left"),
+        (vertical, (8, 1), ("figure points", "axes fraction"), 14, "left"),
         (horizontal, (1, 0), ("axes fraction", "axes fraction"), -33, "right"),
     ):
         axes.annotate(

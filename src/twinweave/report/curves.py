@@ -47,7 +47,7 @@ def learning_curves(study: Study, method: str, colours: Colours = SENTINEL) -> F
     curves = method_curves(study, method)
     if not curves:
         return None
-    figure, axes = empty_axes(WIDTH, HEIGHT, (38, 30, 12, 42), colours)
+    figure, axes = empty_axes(WIDTH, HEIGHT, (40, 30, 12, 42), colours)
     look = looks(study)[method]
     for kind, colour, dashes in (("train", colours["muted"], "--"), ("validation", colours[look.colour], "-")):
         seeds = curves.get(kind, [])

@@ -7,7 +7,7 @@ from typing import Any
 
 from .reading import read_study
 from .study import Comparison, Difference, Row, Study
-from .units import interval, number, quantity, unit_word
+from .units import interval, number, quantity
 
 
 def finding(results: dict[str, Any]) -> str:
@@ -141,8 +141,3 @@ def _alone(study: Study) -> str:
 
 def _ci(bounds: tuple[float, float] | None, unit: str) -> str:
     return "" if bounds is None else f" (95% interval {interval(bounds, unit)})"
-
-
-def unit_note(study: Study) -> str:
-    """What the numbers of forgetting are counted in, for captions."""
-    return unit_word(study.forgetting_unit)

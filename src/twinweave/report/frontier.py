@@ -37,7 +37,7 @@ def frontier(study: Study, colours: Colours = SENTINEL, width: int = WIDTH, lege
     `width` is in CSS pixels. A target that is a loss is drawn upside down, so that up is better there too.
     """
     narrow = width < NARROW
-    figure, axes = empty_axes(width, width * (1.02 if narrow else 0.6), (46, 34, 14, 44), colours)
+    figure, axes = empty_axes(width, width * (1.02 if narrow else 0.6), (46, 34, 18, 46), colours)
     styles = looks(study)
     for method in study.methods():
         _draw_sweep(axes, study, method, styles[method], colours)
