@@ -19,6 +19,11 @@ T = TypeVar("T")
 console = Console(stderr=True)
 
 
+def say(message: str) -> None:
+    """One line about what happens now."""
+    console.print(message, soft_wrap=True, highlight=False)
+
+
 def progress_bar() -> Progress:
     """A bar with the count, the elapsed time and the time left; it disappears when it is done."""
     return Progress(

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from ..evaluation import evaluate_tasks, resolve_task
 from ..files import write_json_atomic
-from .shared import Memory, Retention, dialled, open_run, out
+from .shared import MemoryOption, RetentionOption, dialled, open_run, out
 
 
 def evaluate(
@@ -17,8 +17,8 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Score only the first rows of each task.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows scored at once.")] = None,
     base: Annotated[str | None, typer.Option(help="Where the base lies now, if it has moved.")] = None,
-    memory: Annotated[str | None, Memory] = None,
-    retention: Annotated[float | None, Retention] = None,
+    memory: MemoryOption = None,
+    retention: RetentionOption = None,
     json: Annotated[Path | None, typer.Option(help="Also write the scores to this file.")] = None,
 ) -> None:
     """Score a trained model, on its recipe's tasks or on others.

@@ -11,7 +11,7 @@ from ..data import encode_prompt
 from ..errors import UsageError
 from ..evaluation import original_shares, token_texts
 from ..imsm import IMSMModel
-from .shared import Memory, Retention, dialled, open_run, out
+from .shared import MemoryOption, RetentionOption, dialled, open_run, out
 
 
 def generate(
@@ -23,8 +23,8 @@ def generate(
     chat: Annotated[bool, typer.Option(help="Put the prompt through the tokenizer's chat template.")] = False,
     lens: Annotated[bool, typer.Option(help="Show how much of each token came from the original memory.")] = False,
     base: Annotated[str | None, typer.Option(help="Where the base lies now, if it has moved.")] = None,
-    memory: Annotated[str | None, Memory] = None,
-    retention: Annotated[float | None, Retention] = None,
+    memory: MemoryOption = None,
+    retention: RetentionOption = None,
 ) -> None:
     """Ask a trained model.
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..compare.store import read_results
-from ..report import build_report, finding, summary_table
+from ..report import build_report, summary_table
 from .shared import out
 
 
@@ -22,5 +22,4 @@ def report(
     first = runs[0] if runs[0].is_dir() else runs[0].parent
     for result in results:
         out.print(summary_table(result))
-        out.print(finding(result), soft_wrap=True)
     out.print(f"report:  {build_report(results, output or first / 'report.html')}", soft_wrap=True)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from peft import PeftModel
@@ -14,24 +14,22 @@ from ..compare import find_model
 from ..compare.store import RESULTS_NAME, read_results
 from ..errors import DamagedFileError, UsageError
 from ..imsm import IMSMModel
-from ..report import build_report, finding, summary_table
+from ..report import build_report, summary_table
 from ..training import Recipe, load_base, load_recipe, load_tokenizer
 
 # Results go to standard output, progress and errors to standard error.
 out = Console()
 
+MemoryOption = Annotated[str | None, typer.Option(help="original, enhanced or interwoven (the default).")]
+RetentionOption = Annotated[
+    float | None, typer.Option(help="Added to the gate's logits: larger keeps more of the original memory.")
+]
 OVERRIDES_HELP = "Settings that replace the recipe's, such as training.epochs=1 or seeds=[0]."
 
 
-def run_folder(recipe: Recipe) -> Path:
-    """The recipe's output folder."""
-    return recipe.output_dir
-
-
 def show(results: dict[str, Any], folder: Path) -> None:
-    """Table, finding, and the path of the report, which is written into `folder`."""
+    """Table with the finding below it, and the path of the report, which is written into `folder`."""
     out.print(summary_table(results))
-    out.print(finding(results), soft_wrap=True)
     path = build_report([results], folder / "report.html")
     out.print(f"results: {folder / RESULTS_NAME}", soft_wrap=True)
     out.print(f"report:  {path}", soft_wrap=True)
@@ -62,7 +60,3 @@ def dialled(model: Any, memory: str | None, retention: float | None) -> Iterator
         model.retention = retention
     with model.use_memory(memory or "interwoven"):  # type: ignore[arg-type]
         yield
-
-
-Memory = typer.Option(None, help="original, enhanced or interwoven (the default).")
-Retention = typer.Option(None, help="Added to the gate's logits: larger keeps more of the original memory.")

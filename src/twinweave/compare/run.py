@@ -17,7 +17,7 @@ from ..files import write_json_atomic
 from ..fingerprint import fingerprint
 from ..imsm import IMSMModel
 from ..methods import Method, get_method
-from ..progress import console
+from ..progress import say
 from ..training import Recipe, fit, free_memory, load_base, load_tokenizer, load_training_data
 from .results import assemble, average_scores
 from .store import RESULTS_NAME, RunFolder
@@ -76,7 +76,7 @@ class _Session:
     # --- the parts ------------------------------------------------------------------------------------------------
 
     def _score_base(self) -> dict[str, Any]:
-        console.print(f"scoring the base {self.recipe.base.name} on {len(self.tasks)} tasks")
+        say(f"scoring the base {self.recipe.base.name} on {len(self.tasks)} tasks")
         base = load_base(self.recipe.base)
         scores = self._scores(base)
         facts = {"name": self.recipe.base.name, "fingerprint": str(fingerprint(base))}
@@ -86,10 +86,10 @@ class _Session:
         return {**facts, "scores": by_task, "counts": counts, **average_scores(self.recipe, by_task)}
 
     def _train_and_score(self, method: Method, seed: int, folder: Path) -> dict[str, Any]:
-        console.print(f"{method.label}, seed {seed}: training")
+        say(f"{method.label}, seed {seed}: training")
         training = fit(self.recipe, method, seed, self._training_data(seed), self.tokenizer, folder)
         model = self._load(method, folder / "best")
-        console.print(f"{method.label}, seed {seed}: scoring")
+        say(f"{method.label}, seed {seed}: scoring")
         record = self._record(method, seed, {}, model) | {k: v for k, v in asdict(training).items() if k != "steps"}
         first = seed == self.recipe.seeds[0]
         if isinstance(model, IMSMModel) and first and self.recipe.evaluation.lens_prompts:
@@ -101,7 +101,7 @@ class _Session:
     def _dial_and_score(self, method: Method, seed: int, value: float) -> dict[str, Any]:
         dial = method.dial
         assert dial is not None
-        console.print(f"{method.label}, {dial.knob} {value:g}, seed {seed}: scoring")
+        say(f"{method.label}, {dial.knob} {value:g}, seed {seed}: scoring")
         model = self._load(method, self.run.path / "cells" / f"{dial.of}-seed{seed}" / "best")
         with dial.apply(model, value):
             record = self._record(method, seed, {dial.knob: value}, model)
@@ -149,9 +149,9 @@ class _Session:
         if self._data:  # said once
             return
         report = data.report
-        console.print(
+        say(
             f"{report.train_rows:,} rows to train on, {report.validation_rows:,} to validate on; "
             f"{report.cut_rows:,} prompts were cut at their start to fit {self.recipe.train.max_length} tokens"
         )
         for warning in report.warnings:
-            console.print(f"[yellow]warning:[/yellow] {warning}")
+            say(f"[yellow]warning:[/yellow] {warning}")
