@@ -50,7 +50,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     An existing `path` is replaced. After an error nothing is left behind and an existing `path` is untouched.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # the folder behind a link is replaced, not the link
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_sibling(path)
     temporary.mkdir()
@@ -59,7 +59,11 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         if path.exists():
             old = temporary_sibling(path)
             os.replace(path, old)
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                os.replace(old, path)
+                raise
             shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(temporary, path)
@@ -75,7 +79,8 @@ def atomic_files_into(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_sibling(path)
+    # inside, since the folder may be a mount point, whose parent is another file system
+    temporary = path / f".tmp-{uuid.uuid4().hex[:8]}"
     temporary.mkdir()
     try:
         yield temporary

@@ -22,6 +22,7 @@ _CONFIG_FIELDS = (
     "vocab_size",
 )
 _TENSORS, _VALUES = 16, 64
+_SMALLEST = 2.0**-14  # below it fp16 has fewer digits than bf16
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ def _hash_of_sample(parameters: list[nn.Parameter]) -> str | None:
         flat = parameters[i].detach().reshape(-1)
         index = torch.tensor(_spread(flat.numel(), _VALUES), device=flat.device)
         sample = flat.index_select(0, index).to("cpu", torch.float32).bfloat16()
+        sample[sample.abs() < _SMALLEST] = 0.0
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
 

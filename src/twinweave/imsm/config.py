@@ -1,6 +1,7 @@
 """The settings of the weave. Knows nothing about the adapter, the base model or training."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -32,11 +33,13 @@ class IMSMConfig:
             raise UsageError(f"gate_rank is {self.gate_rank!r}; it must be a whole number of at least 1.")
         if not 0.0 <= self.gate_dropout < 1.0:
             raise UsageError(f"gate_dropout is {self.gate_dropout}; it must lie in [0, 1).")
+        if math.isnan(self.retention):
+            raise UsageError("retention is not a number; 0 is as trained, inf and -inf select one memory.")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values; an infinite retention becomes text, "inf" or "-inf" (JSON has no infinity)."""
         values = asdict(self)
-        if abs(values["retention"]) == float("inf"):
+        if math.isinf(values["retention"]):
             values["retention"] = str(values["retention"])
         return values
 

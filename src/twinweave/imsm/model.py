@@ -23,6 +23,8 @@ from .twin import Call, adapter_layers, adapters_off, prepare_cache, weave
 
 Memory = Literal["original", "enhanced", "interwoven"]
 
+_STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
 
 def get_imsm_model(
     base: PreTrainedModel,
@@ -44,13 +46,14 @@ def get_imsm_model(
     peft_config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
     try:
         return IMSMModel(base, peft_config, imsm_config or IMSMConfig(), adapter_name, **peft_kwargs)
-    except ValueError as error:
-        if "arget modules" not in str(error) and "target_modules" not in str(error):
+    except (ValueError, TypeError) as error:
+        _take_adapter_out(base)  # PEFT may have come to some layers already
+        if "arget module" not in str(error) and "target_modules" not in str(error):
             raise
         names = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)})
         raise UnsupportedModelError(
-            f"The adapter's target modules {_shown(getattr(peft_config, 'target_modules', None))} match nothing in "
-            f"{type(base).__name__}. Its linear layers are called {', '.join(names)}; name some of them in "
+            f"The adapter's target modules {_shown(getattr(peft_config, 'target_modules', None))} do not fit "
+            f"{type(base).__name__}: {error} Its linear layers are called {', '.join(names)}; name some of them in "
             "target_modules, or use target_modules='all-linear'."
         ) from error
 
@@ -73,7 +76,13 @@ class IMSMModel(PeftModelForCausalLM):
         base_fingerprint = fingerprint(base)  # before the adapter adds its own parameters
         decoder, head = base.get_decoder(), base.get_output_embeddings()
         super().__init__(base, peft_config, adapter_name=adapter_name, **peft_kwargs)
-        check_adapter_stays_below_head(decoder, base)
+        outside = _adapted_behind(decoder, base)
+        if outside:
+            _take_adapter_out(base)
+            raise UnsupportedModelError(
+                f"The adapter changes {', '.join(outside)}, which both memories share. Leave it out of target_modules, "
+                "modules_to_save and trainable_token_indices."
+            )
         self.imsm_config = imsm_config
         self.base_fingerprint = base_fingerprint
         self.retention = float(imsm_config.retention)
@@ -81,8 +90,10 @@ class IMSMModel(PeftModelForCausalLM):
         self.gate = MemoryGate(width, imsm_config).to(head.weight.device)
         self._memory: Memory = "interwoven"
         self._call = Call()
-        decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True)
-        decoder.register_forward_hook(self._after_decoder, with_kwargs=True)
+        self._hooks = (
+            decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
+        )
 
     # --- the weave ----------------------------------------------------------------------------------------------
 
@@ -212,6 +223,22 @@ class IMSMModel(PeftModelForCausalLM):
             return None
         return prompt.ne(pad).long()
 
+    def unload(self) -> PreTrainedModel:
+        """The base model alone again, without adapter, gate and weave; this model is of no use afterwards."""
+        for hook in self._hooks:
+            hook.remove()
+        tuner: Any = self.base_model
+        return tuner.unload()
+
+    def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: it would change the base's weights, and the gate chooses anew at every token."""
+        raise UsageError(
+            "An IMSM model cannot be merged into its base: the gate chooses between the two at every token. To merge "
+            "the enhanced memory alone, load the saved folder with PeftModel.from_pretrained."
+        )
+
+    merge_and_unload = merge_adapter
+
     # --- files --------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # type: ignore[override]
@@ -257,10 +284,17 @@ def check_base(base: Any) -> None:
         fault = "has no language-model head"
     elif base.get_decoder() in (None, base):
         fault = "has no decoder of its own below its head"
+    elif base.config.is_encoder_decoder:
+        fault = "is an encoder-decoder"
     if fault:
         raise UnsupportedModelError(
             f"{type(base).__name__} {fault}, so its memories cannot be woven. Load the base with "
             "AutoModelForCausalLM.from_pretrained."
+        )
+    if adapter_layers(base):
+        raise UnsupportedModelError(
+            f"This {type(base).__name__} already carries an adapter, so its frozen weights are not the base's alone. "
+            "Wrapping changes a base in place: load it again to wrap it again."
         )
 
 
@@ -271,6 +305,16 @@ def check_adapter(peft_config: PeftConfig) -> None:
             f"{_name_of(peft_config)} adds virtual tokens to the sequence, which the twin does not support yet. "
             "Use an adapter inside the layers (LoRA, DoRA, IA3, AdaLoRA, OFT, …)."
         )
+    if peft_config.task_type != TaskType.CAUSAL_LM:
+        raise UnsupportedModelError(
+            f"The adapter's task_type is {peft_config.task_type!r}; a causal model needs task_type='CAUSAL_LM'."
+        )
+    start = str(getattr(peft_config, "init_lora_weights", True)).lower()
+    if start.startswith(_STARTS_THAT_CHANGE_THE_BASE):
+        raise UnsupportedModelError(
+            f"init_lora_weights={start!r} moves part of the base's weights into the adapter, and the base must stay as "
+            "it is. Use True, 'gaussian', 'eva' or 'orthogonal'."
+        )
     bias = getattr(peft_config, "bias", "none")
     if bias not in ("none", None, False):
         raise UnsupportedModelError(
@@ -278,16 +322,19 @@ def check_adapter(peft_config: PeftConfig) -> None:
         )
 
 
-def check_adapter_stays_below_head(decoder: torch.nn.Module, base: torch.nn.Module) -> None:
-    """Raise UnsupportedModelError when a layer behind the decoder is adapted: it would read the woven state, and
-    neither memory could be had alone."""
+def _adapted_behind(decoder: torch.nn.Module, base: torch.nn.Module) -> list[str]:
+    """The names of adapted layers outside the decoder: they would read the woven state, and neither memory could be
+    had alone."""
     woven = set(adapter_layers(decoder))
-    outside = [name for name, m in base.named_modules() if m in set(adapter_layers(base)) - woven]
-    if outside:
-        raise UnsupportedModelError(
-            f"The adapter changes {', '.join(outside)}, which both memories share. Leave it out of target_modules, "
-            "modules_to_save and trainable_token_indices."
-        )
+    return [name for name, m in base.named_modules() if m in set(adapter_layers(base)) - woven]
+
+
+def _take_adapter_out(base: torch.nn.Module) -> None:
+    """Put the base's own layers back where adapted ones are."""
+    for name, module in list(base.named_modules()):
+        if module in adapter_layers(base):
+            own = module.original_module if hasattr(module, "original_module") else module.base_layer
+            base.set_submodule(name, own)
 
 
 def _name_of(peft_config: PeftConfig) -> str:

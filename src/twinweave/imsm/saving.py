@@ -15,9 +15,9 @@ from peft import PeftConfig
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..errors import BaseMismatchError, DamagedFileError
+from ..errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
 from ..files import atomic_files_into, read_safetensors, write_json_atomic
-from ..fingerprint import BaseFingerprint
+from ..fingerprint import BaseFingerprint, fingerprint
 from .config import IMSMConfig
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ def save(model: "IMSMModel", path: str | os.PathLike[str], save_adapter: Callabl
     """Write the model into folder `path`; `save_adapter` is PEFT's own save_pretrained, `kwargs` are its options."""
     if not kwargs.get("safe_serialization", True):
         raise DamagedFileError("safe_serialization=False would pickle the adapter; only safetensors are written.")
+    # the base is never written, not even the embeddings that PEFT adds when an adapter sits on them
+    kwargs.setdefault("save_embedding_layers", False)
     with atomic_files_into(path) as folder:
         save_adapter(str(folder), **kwargs)
         if not kwargs.get("is_main_process", True):
@@ -85,21 +87,30 @@ def load(
             )
         if base is None and recorded.get("revision"):
             base_kwargs.setdefault("revision", recorded["revision"])
-        base = AutoModelForCausalLM.from_pretrained(name, **base_kwargs)
+        base = _load_base(name, base_kwargs)
+    elif base_kwargs:
+        raise UsageError(
+            f"{', '.join(sorted(base_kwargs))}: these say how to load a base, but a loaded one was passed."
+        )
 
-    peft_config = PeftConfig.from_pretrained(str(folder))
-    peft_config.inference_mode = not is_trainable
     from .model import check_base
 
     check_base(base)
-    model = cls(base, peft_config, IMSMConfig.from_dict(settings["imsm"]))
-    differences = BaseFingerprint(**recorded["fingerprint"]).differences(model.base_fingerprint)
-    if differences and not allow_base_mismatch:
+    differences = BaseFingerprint(**recorded["fingerprint"]).differences(fingerprint(base))
+    if differences and not allow_base_mismatch:  # before the base is wrapped, so that it stays as it was
         raise BaseMismatchError(
             f"{folder} was made for another base ({recorded['name_or_path']}): what differs is "
             f"{'; '.join(differences)}. Load that base, or pass allow_base_mismatch=True to go on all the same."
         )
-    result = model.load_adapter(str(folder), "default", is_trainable=is_trainable)
+    peft_config = _read_adapter_config(folder)
+    peft_config.inference_mode = not is_trainable
+    model = cls(base, peft_config, IMSMConfig.from_dict(settings["imsm"]))
+    try:
+        result = model.load_adapter(str(folder), "default", is_trainable=is_trainable)
+    except RuntimeError as error:  # torch's word for tensors of another shape
+        raise DamagedFileError(
+            f"{folder / ADAPTER_NAME} does not fit {ADAPTER_CONFIG_NAME} beside it: {error}"
+        ) from error
     if result.missing_keys:
         raise DamagedFileError(
             f"{folder / ADAPTER_NAME} lacks {len(result.missing_keys)} of the adapter's tensors, the first being "
@@ -129,6 +140,22 @@ def _local_folder(path: str | os.PathLike[str], revision: str | None) -> Path:
     if isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~")):
         return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
     raise DamagedFileError(f"There is no folder {folder}. Pass a folder written by save_pretrained, or a hub name.")
+
+
+def _load_base(name: str, base_kwargs: dict[str, Any]) -> PreTrainedModel:
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, **base_kwargs)
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(f"The base model {name} cannot be loaded ({error}). Pass base=MODEL.") from error
+
+
+def _read_adapter_config(folder: Path) -> PeftConfig:
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFileError(
+            f"{folder / ADAPTER_CONFIG_NAME} cannot be read ({error!r}). Save the model again."
+        ) from error
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
