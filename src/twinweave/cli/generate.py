@@ -60,7 +60,7 @@ def generate(
             pad_token_id=tokenizer.pad_token_id,
             **sampling,
         )
-    typer.echo(tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True).strip())
+    typer.echo(str(tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True)).strip())
 
 
 def _coloured(texts: list[str], shares: list[float]) -> Text:

@@ -27,7 +27,8 @@ def load_base(section: BaseSection) -> PreTrainedModel:
             f"The base '{section.name}' cannot be loaded as a causal language model: {_first_line(error)}. Give a "
             "local directory or a hub name of one."
         ) from error
-    return model.to(default_device()).eval()
+    model.to(default_device())  # type: ignore[arg-type]  # the stub wants a model where a device belongs
+    return model.eval()
 
 
 def load_tokenizer(section: BaseSection) -> PreTrainedTokenizerBase:
