@@ -46,6 +46,16 @@ def test_invariants_of_prompt_and_completion(bytes_bpe, prompt, completion, max_
     assert not encoded.cut or len(encoded.input_ids) == max_length
 
 
+def test_the_smallest_window_holds_start_one_prompt_token_answer_and_end(bytes_bpe):
+    row = example("a question", "yes")
+    answer = [*text_ids(bytes_bpe, " yes"), bytes_bpe.eos_token_id]
+    smallest = 1 + 1 + len(answer)
+    encoded = encode_example(row, bytes_bpe, max_length=smallest)
+    assert encoded.input_ids == [bytes_bpe.bos_token_id, text_ids(bytes_bpe, row.prompt)[-1], *answer]
+    with pytest.raises(DataError, match=f"the window is {smallest - 1}"):
+        encode_example(row, bytes_bpe, max_length=smallest - 1)
+
+
 @given(prompt=letters, completion=letters)
 def test_training_starts_from_what_generation_starts_from(words, prompt, completion):
     encoded = encode_example(example(prompt, completion), words, max_length=100)
