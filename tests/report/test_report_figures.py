@@ -120,6 +120,15 @@ def test_two_figures_share_no_id(make_results: Builder) -> None:
     assert two.count("#") == two.count("#b-")
 
 
+def test_lens_shows_one_method_and_seed_first(make_results: Builder) -> None:
+    results = make_results(small=True)
+    results["lens"] += [entry | {"seed": 1} for entry in results["lens"]]
+    first, others = examples(read_study(results))
+    assert [example.role for example in first] == ["target", "near", "far"]
+    assert {example.seed for example in first} == {"0"}
+    assert [example.seed for example in others] == ["1", "1", "1"]
+
+
 def test_lens_keeps_text_and_white_space(make_results: Builder) -> None:
     results = make_results()
     tokens = [
@@ -130,7 +139,8 @@ def test_lens_keeps_text_and_white_space(make_results: Builder) -> None:
         {"text": "end\n", "original_share": 1.2},
     ]
     results["lens"] = [{"method": "imsm", "seed": 0, "task": "born_in", "prompt": "p", "tokens": tokens}]
-    (example,) = examples(read_study(results))
+    (example,), others = examples(read_study(results))
+    assert others == []
     pieces = [(p.space, p.text, p.breaks, p.level) for p in example.pieces]
     assert pieces == [
         (" ", "Paris", "", 8),

@@ -115,6 +115,22 @@ def test_one_method_alone() -> None:
     )
 
 
+def test_a_method_as_it_is_leads_before_its_sweep() -> None:
+    results = compared((-0.321, [-0.362, -0.280]), (0.0, [-0.1, 0.1]))
+    plain = results["comparisons"][0]
+    swept = plain | {"method": "imsm_retention", "setting": {"retention": 2.0}}
+    results["comparisons"] = [swept, plain | {"method": "imsm_gate", "setting": {}}]
+    assert finding(results).startswith("Imsm_gate forgets")
+    results["comparisons"] = [swept]
+    assert finding(results).startswith("Imsm_retention at retention 2 forgets 32.1 points less than LoRA")
+
+
+def test_forgetting_of_no_tasks_is_not_a_finding() -> None:
+    results = compared((0.0, [0.0, 0.0]), (0.02, [0.01, 0.03]))
+    del results["tasks"]["k"]
+    assert "nothing can be said about forgetting" in finding(results)
+
+
 def test_methods_without_a_comparison_claim_nothing() -> None:
     results = compared((0.0, None), (0.0, None))
     results["comparisons"] = []
@@ -160,7 +176,7 @@ def test_numbers(value: float | None, unit: str, signed: bool, text: str) -> Non
 def test_units_go_with_numbers() -> None:
     assert quantity(0.469, "fraction") == "46.9 points"
     assert quantity(0.148, "nats") == "0.148 nats"
-    assert quantity(0.2, "mixed") == "0.200 mixed units"
+    assert quantity(0.2, "mixed") == "0.200 (mixed units)"
     assert interval([0.1, 0.2], "fraction") == "10.0 to 20.0"
     assert setting_text({"retention": -1.0}) == "retention −1"
     assert count(1234567) == "1\u202f234\u202f567"

@@ -7,7 +7,7 @@ from typing import Any
 
 from .reading import read_study
 from .study import Comparison, Difference, Row, Study
-from .units import interval, number, quantity
+from .units import interval, number, quantity, setting_text
 
 
 def finding(results: dict[str, Any]) -> str:
@@ -31,12 +31,13 @@ def study_finding(study: Study) -> str:
 def leading_comparison(study: Study) -> Comparison | None:
     """The comparison the finding is about: IMSM against plain PEFT if there is one, else the first."""
     known = [c for c in study.comparisons if c.target.mean is not None or c.forgetting.mean is not None]
-    wanted = [c for c in known if (c.method, c.against) == ("imsm", "peft")]
+    known.sort(key=lambda c: bool(c.setting))  # a method as it is before any point of a sweep
+    wanted = [c for c in known if (c.method, c.against, c.setting) == ("imsm", "peft", {})]
     return next(iter(wanted + known), None)
 
 
 def verdict(difference: Difference, lower_is_better: bool) -> str:
-    """ "better", "worse", "not shown" (the interval holds zero), "equal" or "unclear" (no interval)."""
+    """In a word: "better", "worse", "not shown" (the interval holds zero) or "unclear" (no interval)."""
     if difference.mean is None or difference.ci is None:
         return "unclear"
     low, high = difference.ci
@@ -47,6 +48,8 @@ def verdict(difference: Difference, lower_is_better: bool) -> str:
 
 def _compared(study: Study, comparison: Comparison) -> str:
     new, old = study.label(comparison.method), study.label(comparison.against)
+    if comparison.setting:
+        new += f" at {setting_text(comparison.setting)}"
     lead = ""
     if comparison.forgetting.ci is None and comparison.target.ci is None:
         seeds = "one seed" if comparison.seeds == 1 else f"{comparison.seeds} seeds"
@@ -66,7 +69,7 @@ def _compared(study: Study, comparison: Comparison) -> str:
 def _forgot(study: Study, comparison: Comparison, new: str, old: str) -> str:
     unit = study.forgetting_unit
     difference, seeds = comparison.forgetting, f"{comparison.seeds} seeds"
-    values = [_plain_row(study, name) for name in (comparison.method, comparison.against)]
+    values = [_row(study, comparison.method, comparison.setting), _row(study, comparison.against, {})]
     levels = [number(row.forgetting, unit) for row in values if row and row.forgetting is not None]
     against = f"; forgetting {levels[0]} against {levels[1]}" if len(levels) == 2 else ""
     if verdict(difference, True) == "not shown":
@@ -109,8 +112,8 @@ def _sizes(difference: Difference, unit: str) -> str:
     return interval((low, high), unit)
 
 
-def _plain_row(study: Study, method: str) -> Row | None:
-    return next((row for row in study.plain_rows() if row.method == method), None)
+def _row(study: Study, method: str, setting: dict[str, float]) -> Row | None:
+    return next((row for row in study.rows if row.method == method and row.setting == setting), None)
 
 
 def _alone(study: Study) -> str:

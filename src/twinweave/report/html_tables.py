@@ -82,7 +82,10 @@ def differences(study: Study) -> HtmlTable | None:
     for c in study.comparisons:
         table.rows.append(
             [
-                Cell(study.label(c.method), f"minus {study.label(c.against)}"),
+                Cell(
+                    study.label(c.method),
+                    ", ".join(filter(None, [setting_text(c.setting), f"minus {study.label(c.against)}"])),
+                ),
                 Cell(number(c.target.mean, t_unit, signed=True), interval(c.target.ci, t_unit, signed=True)),
                 Cell(number(c.forgetting.mean, f_unit, signed=True), interval(c.forgetting.ci, f_unit, signed=True)),
                 Cell(_words(study, c)),
@@ -168,8 +171,8 @@ def every_run(study: Study) -> HtmlTable | None:
             Cell(study.label(run["method"]), about),
             Cell(str(run.get("seed", MISSING))),
             Cell(number(finite(run.get("target_score")), study.target_unit)),
-            Cell(number(finite(run.get("retained_score")), study.forgetting_unit)),
-            Cell(number(finite(run.get("forgetting")), study.forgetting_unit)),
+            Cell(number(finite(run.get("retained_score")) if study.retained else None, study.forgetting_unit)),
+            Cell(number(finite(run.get("forgetting")) if study.retained else None, study.forgetting_unit)),
             Cell(amount(run.get("train_seconds"))),
             Cell(amount(run.get("tokens_per_second") or None, decimals=0)),
             Cell(amount(run.get("peak_memory_bytes") or None, MEBIBYTE, 0)),

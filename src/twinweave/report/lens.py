@@ -51,11 +51,14 @@ class Example:
         return fmean(shares) if shares else None
 
 
-def examples(study: Study) -> list[Example]:
-    """The lens examples: target prompts first, then near, then far ones."""
+def examples(study: Study) -> tuple[list[Example], list[Example]]:
+    """The examples of the first method and seed, and those of all others: target prompts first, far ones last."""
     order = {"target": 0, **{family: place + 1 for place, family in enumerate(FAMILIES)}}
     found = [_example(study, entry) for entry in study.lens]
-    return sorted(found, key=lambda example: order[example.role])
+    groups = list(dict.fromkeys((example.label, example.seed) for example in found))
+    found.sort(key=lambda example: (groups.index((example.label, example.seed)), order[example.role]))
+    first = [example for example in found if (example.label, example.seed) == groups[0]]
+    return first, found[len(first) :]
 
 
 def _example(study: Study, entry: dict[str, Any]) -> Example:

@@ -59,7 +59,7 @@ class Section:
     families: list[tuple[str, list[Panel]]]
     retained: HtmlTable | None
     curves: list[Panel]
-    lens: list[lens.Example]
+    lens: tuple[list[lens.Example], list[lens.Example]]
     tasks: HtmlTable | None
     runs: HtmlTable | None
     recipe: str

@@ -6,6 +6,7 @@ nothing about how any of it is shown.
 
 import re
 from collections import defaultdict
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -45,13 +46,19 @@ def _study(results: dict[str, Any]) -> Study:
     for row in rows:
         labels.setdefault(row.method, row.label)
     base = results.get("base") or {}
+    tasks = _tasks(results, runs)
+    comparisons = [_comparison(entry) for entry in results.get("comparisons") or []]
+    if tasks and all(task.role == "target" for task in tasks.values()):
+        # The mean over no tasks is written as 0; shown as a number it would read as "nothing forgotten".
+        rows = [replace(row, forgetting=None, forgetting_ci=None) for row in rows]
+        comparisons = [replace(entry, forgetting=Difference(None, None)) for entry in comparisons]
     return Study(
         name=str(results.get("name") or base.get("name") or "results"),
         base=base,
-        tasks=_tasks(results, runs),
+        tasks=tasks,
         runs=runs,
         rows=rows,
-        comparisons=[_comparison(entry) for entry in results.get("comparisons") or []],
+        comparisons=comparisons,
         lens=results.get("lens") or [],
         recipe=results.get("recipe") or {},
         provenance=results.get("provenance") or {},
@@ -120,6 +127,7 @@ def _comparison(entry: dict[str, Any]) -> Comparison:
 
     return Comparison(
         method=str(entry["method"]),
+        setting=entry.get("setting") or {},
         against=str(entry["against"]),
         seeds=int(entry.get("seeds") or 1),
         target=difference("target_difference"),

@@ -57,9 +57,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method against another: what it learned more and what it forgot more."""
+    """A method, at a setting of its sweep if it has one, against another: what it learned and forgot more."""
 
     method: str
+    setting: dict[str, float]
     against: str
     seeds: int
     target: Difference

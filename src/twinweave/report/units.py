@@ -41,7 +41,10 @@ def number(value: float | None, unit: str, signed: bool = False) -> str:
 
 def quantity(value: float | None, unit: str, signed: bool = False) -> str:
     """A number with its unit, as in "46.9 points" or "0.148 nats"; without a number, only a dash."""
-    return MISSING if value is None else f"{number(value, unit, signed)} {unit_word(unit)}"
+    if value is None:
+        return MISSING
+    word = f"({unit_word(unit)})" if unit == MIXED else unit_word(unit)
+    return f"{number(value, unit, signed)} {word}"
 
 
 def interval(bounds: Sequence[float] | None, unit: str, signed: bool = False) -> str:
