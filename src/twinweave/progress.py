@@ -1,6 +1,6 @@
 """One progress bar for everything that takes more than a moment. Knows nothing about what is being done."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 from typing import TypeVar
 
 from rich.console import Console
@@ -41,7 +41,7 @@ def progress_bar() -> Progress:
 
 def track(items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
     """Yield `items` while showing how far we are; silent where standard error is not a terminal."""
-    if total is None and hasattr(items, "__len__"):
+    if total is None and isinstance(items, Sized):
         total = len(items)
     with progress_bar() as bar:
         yield from bar.track(items, total=total, description=description)

@@ -78,7 +78,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]
     """Each token's own piece of the decoded text, spaces included; special tokens by their name."""
     texts, before = [], ""
     for end in range(1, len(ids) + 1):
-        now = tokenizer.decode(ids[:end], skip_special_tokens=False)
-        texts.append(now[len(before) :] if now.startswith(before) else tokenizer.decode(ids[end - 1 : end]))
+        now = str(tokenizer.decode(ids[:end], skip_special_tokens=False))
+        texts.append(now[len(before) :] if now.startswith(before) else str(tokenizer.decode(ids[end - 1 : end])))
         before = now
     return texts

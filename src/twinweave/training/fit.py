@@ -20,6 +20,7 @@ from transformers.trainer_utils import SchedulerType
 
 from ..data import CompletionCollator, TrainingData, prepare_training_data
 from ..errors import DataError, RecipeError
+from ..evaluation import read_examples
 from ..files import atomic_directory, write_json_atomic
 from ..methods import Method
 from . import checkpoints
@@ -91,7 +92,8 @@ def fit(
 
 def load_training_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> TrainingData:
     """The recipe's rows as token ids; the seed decides which are held out for validation. Raises DataError."""
-    section, target = recipe.train, recipe.target.data
+    section, target = recipe.train, recipe.target
+    has_examples = target.kind in ("generation", "completion_loss")
     data = prepare_training_data(
         section.data,
         tokenizer,
@@ -100,7 +102,7 @@ def load_training_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed:
         completion_template=section.completion,
         validation=section.validation,
         validation_fraction=section.validation_fraction,
-        test=target if isinstance(target, str) else None,
+        test=read_examples(target) if has_examples else None,
         limit=section.limit,
         seed=seed,
         split=section.split,
