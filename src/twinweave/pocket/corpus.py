@@ -9,9 +9,12 @@ from collections.abc import Callable
 
 from twinweave.pocket import language, skills, tasks
 from twinweave.pocket.words import TOWNS
-from twinweave.pocket.world import RELATIONS, World, make_world
+from twinweave.pocket.world import RELATIONS, Person, World, make_world
 
 Turn = tuple[str, str]
+
+RETOLD = 0.5
+QUESTIONS = 6
 
 
 def sample_question(rng: random.Random) -> list[Turn]:
@@ -20,29 +23,36 @@ def sample_question(rng: random.Random) -> list[Turn]:
     return [rng.choices(makers, weights)[0](make_world(), rng)]
 
 
-def sample_text(rng: random.Random) -> list[Turn]:
-    """A text about strangers with four questions behind it, or a text about what is known without any."""
+def sample_text(rng: random.Random, people: int) -> list[Turn]:
+    """A text about so many strangers with questions behind it, or one about what is known without any.
+
+    Texts of the same number of people have about the same length.
+    """
     world = make_world()
     kind = rng.random()
-    if kind < 0.75:
-        return _reading(world, rng)
+    if kind < 0.8:
+        return _reading(world, rng, people)
     if kind < 0.95:
-        return [("", language.document(rng.sample(world.known, rng.randint(1, 3)), rng))]
-    towns = rng.sample(TOWNS, rng.randint(1, 4))
+        return [("", language.document(rng.sample(world.known, people), rng))]
+    towns = rng.sample(TOWNS, people)
     return [("", " ".join(language.town_document(world, town, rng) for town in towns))]
 
 
-def _reading(world: World, rng: random.Random) -> list[Turn]:
-    people = [world.stranger(rng)]
-    for _ in range(rng.choice((0, 1, 2))):
+def _reading(world: World, rng: random.Random, count: int) -> list[Turn]:
+    people: list[Person] = []
+    for _ in range(count):
         people.append(world.stranger(rng, frozenset(person.name for person in people)))
     asked = [(person, relation) for person in people for relation in RELATIONS]
     turns = [
         (language.question(relation, person.name, rng.randrange(2)), person.facts[relation])
-        for person, relation in rng.sample(asked, 4)
+        for person, relation in rng.sample(asked, min(len(asked), QUESTIONS))
     ]
+    text = language.document(people, rng)
+    if count == 1 and rng.random() < RETOLD:
+        # Every value of the second telling can be read in the first: many lessons in reading per text.
+        text = f"{text} {language.document(people, rng)}"
     first_question, first_answer = turns[0]
-    return [(f"{language.document(people, rng)} {first_question}", first_answer), *turns[1:]]
+    return [(f"{text} {first_question}", first_answer), *turns[1:]]
 
 
 def _known_person(world: World, rng: random.Random) -> Turn:
@@ -61,12 +71,12 @@ def _skill(name: str) -> Callable[[World, random.Random], Turn]:
 
 
 _SHARES: list[tuple[Callable[[World, random.Random], Turn], float]] = [
-    (_known_person, 0.52),
-    (lambda world, rng: rng.choice(tasks.land_pairs(world)), 0.1),
-    (lambda world, rng: rng.choice(tasks.town_pairs(world)), 0.06),
-    (lambda world, rng: rng.choice(skills.all_sums()), 0.05),
-    (lambda world, rng: rng.choice(skills.all_letters()), 0.05),
-    (_skill("copy"), 0.07),
-    (_skill("pick"), 0.07),
-    (_skill("follow"), 0.08),
+    (_known_person, 0.32),
+    (lambda world, rng: rng.choice(tasks.land_pairs(world)), 0.06),
+    (lambda world, rng: rng.choice(tasks.town_pairs(world)), 0.05),
+    (lambda world, rng: rng.choice(skills.all_sums()), 0.09),
+    (lambda world, rng: rng.choice(skills.all_letters()), 0.09),
+    (_skill("copy"), 0.06),
+    (_skill("pick"), 0.13),
+    (_skill("follow"), 0.20),
 ]

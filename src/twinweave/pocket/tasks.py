@@ -194,7 +194,7 @@ def _text_rows() -> list[Row]:
     rng = _generator("text")
     texts = []
     for index in range(TEST_ROWS):
-        prompt, completion = (sample_text if index % 3 == 0 else sample_question)(rng)[0]
+        prompt, completion = (sample_question(rng) if index % 3 else sample_text(rng, rng.randint(1, 3)))[0]
         texts.append(f"{prompt} {completion}".strip())
     return [{"text": text} for text in texts]
 
