@@ -115,6 +115,15 @@ def test_one_method_alone() -> None:
     )
 
 
+def test_mixed_units_are_said_once() -> None:
+    results = compared((-0.015, [-0.103, 0.074]), (0.02, [0.01, 0.03]))
+    results["tasks"]["wiki"] = {"role": "retained", "metric": "loss", "unit": "nats", "higher_is_better": False}
+    assert finding(results).startswith(
+        "No difference in forgetting could be shown between IMSM and LoRA (−0.015, 95% interval −0.103 to +0.074, "
+        "3 seeds; forgetting 0.454 against 0.469, in mixed units), "
+    )
+
+
 def test_a_method_as_it_is_leads_before_its_sweep() -> None:
     results = compared((-0.321, [-0.362, -0.280]), (0.0, [-0.1, 0.1]))
     plain = results["comparisons"][0]
@@ -176,7 +185,7 @@ def test_numbers(value: float | None, unit: str, signed: bool, text: str) -> Non
 def test_units_go_with_numbers() -> None:
     assert quantity(0.469, "fraction") == "46.9 points"
     assert quantity(0.148, "nats") == "0.148 nats"
-    assert quantity(0.2, "mixed") == "0.200 (mixed units)"
+    assert quantity(0.2, "mixed") == "0.200 in mixed units"
     assert interval([0.1, 0.2], "fraction") == "10.0 to 20.0"
     assert setting_text({"retention": -1.0}) == "retention −1"
     assert count(1234567) == "1\u202f234\u202f567"

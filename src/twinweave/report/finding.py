@@ -7,7 +7,7 @@ from typing import Any
 
 from .reading import read_study
 from .study import Comparison, Difference, Row, Study
-from .units import interval, number, quantity, setting_text
+from .units import MIXED, interval, number, quantity, setting_text
 
 
 def finding(results: dict[str, Any]) -> str:
@@ -72,14 +72,17 @@ def _forgot(study: Study, comparison: Comparison, new: str, old: str) -> str:
     values = [_row(study, comparison.method, comparison.setting), _row(study, comparison.against, {})]
     levels = [number(row.forgetting, unit) for row in values if row and row.forgetting is not None]
     against = f"; forgetting {levels[0]} against {levels[1]}" if len(levels) == 2 else ""
+    measure = quantity
+    if unit == MIXED:
+        against, measure = f"{against or '; forgetting'}, in mixed units", number
     if verdict(difference, True) == "not shown":
         return (
             f"no difference in forgetting could be shown between {new} and {old} "
-            f"({quantity(difference.mean, unit, signed=True)}, 95% interval "
+            f"({measure(difference.mean, unit, signed=True)}, 95% interval "
             f"{interval(difference.ci, unit, signed=True)}, {seeds}{against})"
         )
     assert difference.mean is not None
-    size = quantity(abs(difference.mean), unit)
+    size = measure(abs(difference.mean), unit)
     way = "less" if difference.mean < 0 else "more"
     if difference.mean == 0:
         return f"{new} forgets as much as {old}{against.replace('; ', ' (', 1) + ')' if against else ''}"

@@ -43,7 +43,7 @@ def quantity(value: float | None, unit: str, signed: bool = False) -> str:
     """A number with its unit, as in "46.9 points" or "0.148 nats"; without a number, only a dash."""
     if value is None:
         return MISSING
-    word = f"({unit_word(unit)})" if unit == MIXED else unit_word(unit)
+    word = f"in {unit_word(unit)}" if unit == MIXED else unit_word(unit)
     return f"{number(value, unit, signed)} {word}"
 
 
