@@ -6,13 +6,15 @@ Knows nothing about data, training loops or scores.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from transformers import PreTrainedModel
 
-from .errors import UnsupportedModelError, UsageError, unknown_name
+from .errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError, unknown_name
+from .files import read_safetensors
 from .imsm import IMSMConfig, IMSMModel, get_imsm_model
 from .imsm.model import check_adapter, check_base
 
@@ -49,21 +51,55 @@ class Method:
 def _plain(base: PreTrainedModel, peft_config: PeftConfig, imsm_config: IMSMConfig) -> PeftModel:
     check_base(base)
     check_adapter(peft_config)
-    try:
+    with _refusals(base):
         return get_peft_model(base, peft_config)
-    except ValueError as error:
-        raise UnsupportedModelError(f"PEFT refuses this adapter for {type(base).__name__}: {error}") from error
 
 
-def _load_plain(path: str, base: PreTrainedModel) -> PeftModel:
-    return PeftModel.from_pretrained(base, path)
+def load_plain(path: str, base: PreTrainedModel) -> PeftModel:
+    """A saved plain adapter on its base.
+
+    Raises DamagedFileError for files that are missing, truncated or pickled, BaseMismatchError for another base.
+    """
+    file = Path(path) / "adapter_model.safetensors"
+    if not file.is_file() and file.with_suffix(".bin").is_file():
+        raise DamagedFileError(
+            f"{file.with_suffix('.bin')} is a pickle, which can run any code when it is loaded, so it is refused. "
+            "Convert it to safetensors where you trust it."
+        )
+    saved = read_safetensors(file)
+    try:
+        config = PeftConfig.from_pretrained(path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedFileError(f"The adapter_config.json in {path} cannot be read ({error}). Save it again.") from error
+    try:
+        model = PeftModel.from_pretrained(base, path, config=config)
+    except (RuntimeError, ValueError) as error:  # tensors of another shape, or modules that are not there
+        raise BaseMismatchError(
+            f"The adapter in {path} was made for another base than this {type(base).__name__} "
+            f"({' '.join(str(error).split()):.200}…). Load the base it was trained on."
+        ) from error
+    if missing := sorted(get_peft_model_state_dict(model).keys() - saved.keys()):
+        raise DamagedFileError(f"{file} lacks {len(missing)} of the adapter's tensors, the first being {missing[0]}.")
+    return model
 
 
 def _woven(fusion: str) -> Build:
     def build(base: PreTrainedModel, peft_config: PeftConfig, imsm_config: IMSMConfig) -> PeftModel:
-        return get_imsm_model(base, peft_config, replace(imsm_config, fusion=fusion))  # type: ignore[arg-type]
+        with _refusals(base):
+            return get_imsm_model(base, peft_config, replace(imsm_config, fusion=fusion))  # type: ignore[arg-type]
 
     return build
+
+
+@contextmanager
+def _refusals(base: PreTrainedModel) -> Iterator[None]:
+    """PEFT's complaints about settings are of several kinds."""
+    try:
+        yield
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"PEFT refuses this adapter for {type(base).__name__}: {error}. Mend `peft` in the recipe."
+        ) from error
 
 
 def _load_woven(path: str, base: PreTrainedModel) -> PeftModel:
@@ -101,12 +137,12 @@ _GATE = {"gate.": "gate_learning_rate"}
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("peft", "plain PEFT", "The adapter alone, as PEFT trains it.", _plain, _load_plain),
+        Method("peft", "plain PEFT", "The adapter alone, as PEFT trains it.", _plain, load_plain),
         Method(
             "peft_scaled",
             "plain PEFT × λ",
             "The trained adapter scaled by λ afterwards (WiSE-FT); swept, nothing is trained again.",
-            load=_load_plain,
+            load=load_plain,
             dial=Dial("peft", "scale", _scale),
         ),
         Method("imsm", "IMSM", "Both memories, fused by the query-aware gate.", _woven("query_gate"), _load_woven,

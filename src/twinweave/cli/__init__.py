@@ -3,6 +3,7 @@
 Exit codes: 0 done, 1 failed, 2 the request is malformed.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -35,17 +36,30 @@ for _command in (demo, train, compare, evaluate, generate, report, validate, tas
     app.command()(_command)
 
 
+# No space left, over quota, file too large, no permission, read-only: nothing that this program could do about it.
+_MENDED_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 def main() -> None:
     """Run the command line; our own errors become one sentence and an exit code."""
     _quieten_libraries()
     try:
         app()
     except TwinweaveError as error:
-        console.print(f"[bold red]error:[/bold red] {escape(str(error))}", soft_wrap=True, highlight=False)
+        _say_error(str(error))
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _MENDED_OUTSIDE:
+            raise
+        _say_error(f"{error}. See to it and run the same command to go on.")
+        sys.exit(1)
     except KeyboardInterrupt:
         console.print("stopped; the same command goes on from here")
         sys.exit(130)
+
+
+def _say_error(message: str) -> None:
+    console.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True, highlight=False)
 
 
 def _quieten_libraries() -> None:

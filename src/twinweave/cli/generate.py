@@ -10,7 +10,9 @@ from rich.text import Text
 from ..data import encode_prompt
 from ..errors import UsageError
 from ..evaluation import original_shares, token_texts
+from ..evaluation.generate import greedy_settings, no_own_settings
 from ..imsm import IMSMModel
+from ..training import load_window
 from .shared import MemoryOption, RetentionOption, dialled, open_run, out
 
 
@@ -30,8 +32,8 @@ def generate(
 
     Example: `twinweave generate runs/reverse "reverse: red green blue" --lens`
     """
-    model, tokenizer, _ = open_run(run, base)
-    window = getattr(model.config, "max_position_embeddings", None) or 2**30
+    model, tokenizer, recipe = open_run(run, base)
+    window = load_window(recipe.base)
     if window <= max_new_tokens:
         raise UsageError(
             f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the window is {window} tokens."
@@ -52,14 +54,13 @@ def generate(
             return
         torch.manual_seed(seed)
         inputs = torch.tensor([ids], device=next(model.parameters()).device)
-        sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        answer = model.generate(
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            **sampling,
-        )
+        settings = greedy_settings(model, tokenizer, max_new_tokens)
+        if temperature > 0:
+            settings.do_sample, settings.temperature = True, temperature
+        with no_own_settings(model):
+            answer = model.generate(
+                input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=settings
+            )
     typer.echo(str(tokenizer.decode(answer[0, len(ids) :], skip_special_tokens=True)).strip())
 
 

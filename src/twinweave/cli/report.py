@@ -22,4 +22,4 @@ def report(
     first = runs[0] if runs[0].is_dir() else runs[0].parent
     for result in results:
         out.print(summary_table(result))
-    out.print(f"report:  {build_report(results, output or first / 'report.html')}", soft_wrap=True)
+    print(f"report:  {build_report(results, output or first / 'report.html')}")

@@ -12,8 +12,10 @@ from transformers import PreTrainedTokenizerBase
 
 from ..compare import find_model
 from ..compare.store import RESULTS_NAME, read_results
-from ..errors import DamagedFileError, UsageError
+from ..errors import BaseMismatchError, DamagedFileError, UsageError
+from ..fingerprint import fingerprint
 from ..imsm import IMSMModel
+from ..methods import load_plain
 from ..report import build_report, summary_table
 from ..training import Recipe, load_base, load_recipe, load_tokenizer
 
@@ -31,8 +33,8 @@ def show(results: dict[str, Any], folder: Path) -> None:
     """Table with the finding below it, and the path of the report, which is written into `folder`."""
     out.print(summary_table(results))
     path = build_report([results], folder / "report.html")
-    out.print(f"results: {folder / RESULTS_NAME}", soft_wrap=True)
-    out.print(f"report:  {path}", soft_wrap=True)
+    print(f"results: {folder / RESULTS_NAME}")
+    print(f"report:  {path}")
 
 
 def open_run(run: Path, base: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase, Recipe]:
@@ -41,11 +43,20 @@ def open_run(run: Path, base: str | None = None) -> tuple[PeftModel, PreTrainedT
     owner = next((p for p in (run, *run.parents) if (p / RESULTS_NAME).is_file()), None)
     if owner is None:
         raise DamagedFileError(f"{run} belongs to no finished run ({RESULTS_NAME} is missing).")
-    recipe = load_recipe(read_results(owner)["recipe"], [f"base.name={base}"] if base else [])
+    results = read_results(owner)
+    recipe = load_recipe(results["recipe"])
+    if base is not None:
+        recipe.base.name = base
     tokenizer, model = load_tokenizer(recipe.base), load_base(recipe.base)
     if (folder / "imsm_config.json").is_file():
         return IMSMModel.from_pretrained(str(folder), model), tokenizer, recipe
-    return PeftModel.from_pretrained(model, str(folder)), tokenizer, recipe
+    trained_on, found = results["base"]["fingerprint"], str(fingerprint(model))
+    if trained_on != found:
+        raise BaseMismatchError(
+            f"{folder} was trained on another base than '{recipe.base.name}' (fingerprint {trained_on} against "
+            f"{found}). Say where its own base lies with --base."
+        )
+    return load_plain(str(folder), model).eval(), tokenizer, recipe
 
 
 @contextmanager

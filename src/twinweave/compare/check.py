@@ -1,29 +1,54 @@
 """Checking a recipe against the world before anything is trained: does the base load, do the rows encode?"""
 
-from ..evaluation.rows import task_rows
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..data import TrainingData
+from ..evaluation import Task
+from ..evaluation.rows import read_choices, read_examples, read_pairs, read_texts
 from ..imsm.model import check_adapter, check_base
-from ..training import Recipe, load_base, load_tokenizer, load_training_data
+from ..methods import Method, get_method
+from ..training import Recipe, free_memory, load_base, load_tokenizer, load_training_data
 from ..training.fit import total_steps
+
+_READERS: dict[str, Callable[[Task], Sequence[Any]]] = {
+    "generation": read_examples,
+    "completion_loss": read_examples,
+    "multiple_choice": read_choices,
+    "minimal_pairs": read_pairs,
+    "text_loss": read_texts,
+}
 
 
 def check_recipe(recipe: Recipe) -> list[tuple[str, str]]:
     """(part, what was found) for each part of the recipe. Raises the error that a run would end with."""
     tokenizer = load_tokenizer(recipe.base)
-    base = load_base(recipe.base)
-    check_base(base)
-    config = recipe.peft_config()
-    check_adapter(config)
-    found = [("base", f"{type(base).__name__}, {base.num_parameters():,} parameters, {recipe.base.dtype}")]
     data = load_training_data(recipe, tokenizer, recipe.seeds[0])
-    report = data.report
-    found.append(
+    methods = [get_method(name) for name in dict.fromkeys((recipe.method, *recipe.methods))]
+    return check_run(recipe, methods, data)
+
+
+def check_run(recipe: Recipe, methods: Sequence[Method], data: TrainingData) -> list[tuple[str, str]]:
+    """As `check_recipe`, for these methods and rows that are encoded already."""
+    steps, report = total_steps(recipe.training, len(data.train)), data.report
+    rows = [(task, len(_READERS[task.kind](task))) for task in (recipe.target, *recipe.retained)]
+    model: Any = load_base(recipe.base)
+    check_base(model)
+    check_adapter(recipe.peft_config(steps))
+    found = [
+        ("base", f"{type(model).__name__}, {model.num_parameters():,} parameters, {recipe.base.dtype}"),
         (
             "train",
             f"{report.train_rows:,} rows, {report.validation_rows:,} to validate on, {report.cut_rows:,} cut; "
-            f"{total_steps(recipe.training, len(data.train)):,} steps",
-        )
-    )
-    for task in (recipe.target, *recipe.retained):
-        found.append((f"task {task.name}", f"{sum(1 for _ in task_rows(task)):,} rows, {', '.join(task.metrics)}"))
+            f"{steps:,} steps",
+        ),
+    ]
+    for method in methods:
+        if method.build is not None:
+            built = method.build(model, recipe.peft_config(steps), recipe.imsm_config())
+            found.append((f"method {method.name}", f"{built.get_nb_trainable_parameters()[0]:,} parameters to train"))
+            model = built.unload()
+    found += [(f"task {task.name}", f"{count:,} rows, {', '.join(task.metrics)}") for task, count in rows]
     found += [("warning", warning) for warning in report.warnings]
+    free_memory()
     return found

@@ -4,11 +4,13 @@ A cell is one method on one seed (at one setting of its dial). Finished cells ar
 same command goes on where a killed one stopped. Knows nothing about how results are shown.
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import TrainingData
@@ -19,23 +21,25 @@ from ..imsm import IMSMModel
 from ..methods import Method, get_method
 from ..progress import say
 from ..training import Recipe, fit, free_memory, load_base, load_tokenizer, load_training_data
+from .check import check_run
 from .results import assemble, average_scores
 from .store import RESULTS_NAME, RunFolder
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
     """Train the recipe's `method` on its first seed into its output folder; returns the results, also written there."""
-    run = RunFolder(recipe.output_dir, recipe, f"train {recipe.method}")
-    session = _Session(recipe, run)
-    cell = session.trained_cell(get_method(recipe.method), recipe.seeds[0], run.path, "cell")
+    method, seed = get_method(recipe.method), recipe.seeds[0]
+    run = RunFolder(recipe.output_dir, recipe, f"train {method.name}, seed {seed}")
+    session = _Session(recipe, run, [method])
+    cell = session.trained_cell(method, seed, run.path, "cell")
     return session.finish([cell])
 
 
 def compare(recipe: Recipe) -> dict[str, Any]:
     """Train and score methods × seeds into the recipe's output folder; returns the results, also written there."""
     run = RunFolder(recipe.output_dir, recipe, "compare")
-    session = _Session(recipe, run)
     methods = [get_method(name) for name in recipe.methods]
+    session = _Session(recipe, run, methods)
     cells = []
     for seed in recipe.seeds:
         for method in (m for m in methods if m.dial is None):
@@ -49,12 +53,14 @@ def compare(recipe: Recipe) -> dict[str, Any]:
 class _Session:
     """What all cells of a run share: the tokenizer, the data, and the base's scores."""
 
-    def __init__(self, recipe: Recipe, run: RunFolder) -> None:
+    def __init__(self, recipe: Recipe, run: RunFolder, methods: Sequence[Method]) -> None:
         self.recipe, self.run = recipe, run
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(recipe.base)
         self.tasks: list[Task] = [recipe.target, *recipe.retained]
-        self.base = run.part("base", self._score_base)
         self._data: dict[int, TrainingData] = {}
+        if not run.begun:  # what is wrong is said before time is spent and files are written
+            check_run(recipe, methods, self._training_data(recipe.seeds[0]))
+        self.base = run.part("base", self._score_base)
 
     def finish(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
         results = assemble(self.recipe, self.base, cells)
@@ -69,14 +75,14 @@ class _Session:
         assert dial is not None
         cells = []
         for value in self.recipe.sweeps.get(dial.knob, []):  # type: ignore[call-overload]
-            part = f"cells/{method.name}-{dial.knob}={value:g}-seed{seed}"
+            part = f"cells/{method.name}-{dial.knob}={value!r}-seed{seed}"
             cells.append(self.run.part(part, partial(self._dial_and_score, method, seed, value)))
         return cells
 
     # --- the parts ------------------------------------------------------------------------------------------------
 
     def _score_base(self) -> dict[str, Any]:
-        say(f"scoring the base {self.recipe.base.name} on {len(self.tasks)} tasks")
+        say(f"scoring the base {escape(self.recipe.base.name)} on {len(self.tasks)} tasks")
         base = load_base(self.recipe.base)
         scores = self._scores(base)
         facts = {"name": self.recipe.base.name, "fingerprint": str(fingerprint(base))}
@@ -151,7 +157,7 @@ class _Session:
         report = data.report
         say(
             f"{report.train_rows:,} rows to train on, {report.validation_rows:,} to validate on; "
-            f"{report.cut_rows:,} prompts were cut at their start to fit {self.recipe.train.max_length} tokens"
+            f"{report.cut_rows:,} prompts were cut at their start to fit"
         )
         for warning in report.warnings:
-            say(f"[yellow]warning:[/yellow] {warning}")
+            say(f"[yellow]warning:[/yellow] {escape(warning)}")

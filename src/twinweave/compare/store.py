@@ -19,23 +19,28 @@ _MAY_CHANGE = {"name", "method", "methods", "seeds", "sweeps", "output"}
 
 
 class RunFolder:
-    """A run's folder, made or found again. Raises RecipeError when it holds another run, or something else."""
+    """A run's folder, found again, or made with its first part: a run that fails before leaves nothing behind.
+
+    Raises RecipeError when the folder holds another run, or something else.
+    """
 
     def __init__(self, path: Path, recipe: Recipe, command: str) -> None:
         self.path = path
-        identity = {"command": command, **recipe.model_dump(mode="json", exclude=_MAY_CHANGE)}
-        known = path / RECIPE_NAME
-        if known.is_file():
-            differing = _differing(_read(known), identity)
+        self._identity = {"command": command, **recipe.model_dump(mode="json", exclude=_MAY_CHANGE)}
+        if self.begun:
+            differing = _differing(_read(path / RECIPE_NAME), self._identity)
             if differing:
                 raise RecipeError(
                     f"{path} holds another run: {', '.join(differing)} differ. Choose another folder with "
                     "output=…, or remove this one."
                 )
-        elif path.exists() and (not path.is_dir() or any(path.iterdir())):
+        elif path.exists() and (not path.is_dir() or any(not _is_trace(p) for p in path.iterdir())):
             raise RecipeError(f"{path} exists and is not a run of twinweave. Choose another folder with output=….")
-        else:
-            write_json_atomic(known, identity)
+
+    @property
+    def begun(self) -> bool:
+        """Whether any part of the run was finished before."""
+        return (self.path / RECIPE_NAME).is_file()
 
     def part(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """The finished part of that name, or what `make` gives, written down."""
@@ -43,6 +48,8 @@ class RunFolder:
         if file.is_file():
             return _read(file)
         value = make()
+        if not self.begun:
+            write_json_atomic(self.path / RECIPE_NAME, self._identity)
         write_json_atomic(file, value)
         return value
 
@@ -59,11 +66,17 @@ def read_results(run: Path) -> dict[str, Any]:
 
 
 def find_model(run: Path) -> Path:
-    """The folder of the trained model to use from a run: its best one; from a comparison, the first IMSM one."""
-    for candidate in (run, run / "best", *sorted((run / "cells").glob("imsm-*/best"))):
+    """The folder of the trained model to use from a run: its best one; from a comparison, the first IMSM one if any."""
+    cells = [path for kind in ("imsm-*", "*") for path in sorted((run / "cells").glob(f"{kind}/best"))]
+    for candidate in (run, run / "best", *cells):
         if (candidate / "adapter_config.json").is_file():
             return candidate
     raise DamagedFileError(f"There is no trained model in {run}. Give a run folder, or a folder with a saved model.")
+
+
+def _is_trace(path: Path) -> bool:
+    """Whether a killed process left this while it wrote the recipe."""
+    return path.name.startswith(f".{RECIPE_NAME}.tmp-")
 
 
 def _read(file: Path) -> dict[str, Any]:

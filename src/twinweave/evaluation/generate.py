@@ -48,14 +48,14 @@ def generate_texts(
         description: see `progress`.
     """
     device = next(model.parameters()).device
-    settings = _greedy_settings(model, tokenizer, max_new_tokens)
+    settings = greedy_settings(model, tokenizer, max_new_tokens)
     answers = [""] * len(prompts)
     for batch in batches_by_length([len(prompt) for prompt in prompts], batch_size, description, progress):
         ids = [prompts[index] for index in batch]
         input_ids = pad_rows(ids, settings.pad_token_id, side="left").to(device)
         length = input_ids.shape[1]
         criteria = [_StopTexts(tokenizer, stop, length)] if stop else []
-        with _no_own_settings(model):
+        with no_own_settings(model):
             output = model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask_of(ids, side="left").to(device),
@@ -68,7 +68,8 @@ def generate_texts(
     return answers
 
 
-def _greedy_settings(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+def greedy_settings(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> GenerationConfig:
+    """Greedy and cached, ending at any of the model's and the tokenizer's ends of text."""
     # Chat models name several ends of text in their own settings, and those count.
     own_ends = model.generation_config.eos_token_id
     ends = own_ends if isinstance(own_ends, list) else [own_ends]
@@ -82,7 +83,7 @@ def _greedy_settings(model: Any, tokenizer: PreTrainedTokenizerBase, max_new_tok
 
 
 @contextmanager
-def _no_own_settings(model: torch.nn.Module) -> Iterator[None]:
+def no_own_settings(model: torch.nn.Module) -> Iterator[None]:
     """Hide what the model's file says about sampling, beams and penalties; `generate` would mix it into ours."""
     holders: list[Any] = [module for module in model.modules() if "generation_config" in vars(module)]
     kept = [module.generation_config for module in holders]

@@ -11,10 +11,13 @@ from transformers import PreTrainedTokenizerBase
 
 from ..data import encode_prompt
 from ..imsm import IMSMModel
+from .generate import greedy_settings, no_own_settings
 from .rows import read_examples
+from .runner import task_window
 from .tasks import Task
 
 _MOST_TOKENS = 48
+_UNFINISHED = "\ufffd"  # what decoders put where the bytes of a character are not all there
 
 
 def read_lens(
@@ -41,8 +44,12 @@ def _read_one(model: IMSMModel, tokenizer: PreTrainedTokenizerBase, task: Task, 
         return None
     example = examples[row]
     prompt = list(example.messages[:-1]) if example.messages else example.prompt
-    prompt_ids, _ = encode_prompt(prompt, tokenizer, max_length=task.max_length)
-    ids, shares = original_shares(model, tokenizer, prompt_ids, max_new_tokens=min(task.max_new_tokens, _MOST_TOKENS))
+    new_tokens = min(task.max_new_tokens, _MOST_TOKENS)
+    room = task_window(model, task) - new_tokens
+    if room < 2:
+        return None
+    prompt_ids, _ = encode_prompt(prompt, tokenizer, max_length=room, where=example.where)
+    ids, shares = original_shares(model, tokenizer, prompt_ids, max_new_tokens=new_tokens)
     texts = token_texts(tokenizer, ids)
     return {
         "task": task.name,
@@ -59,14 +66,9 @@ def original_shares(
     """The greedy answer's token ids, and for each the gate's mean over channels where it was written."""
     device = next(model.parameters()).device
     prompt = torch.tensor([prompt_ids], device=device)
-    whole = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    settings = greedy_settings(model, tokenizer, max_new_tokens)
+    with no_own_settings(model):
+        whole = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
     query = torch.zeros_like(whole)
     query[:, : len(prompt_ids)] = 1
     gate = model(input_ids=whole, query_mask=query, output_gate=True).gate  # [1, T, d]
@@ -75,10 +77,20 @@ def original_shares(
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
-    """Each token's own piece of the decoded text, spaces included; special tokens by their name."""
-    texts, before = [], ""
+    """Each token's own piece of the decoded text, spaces included; special tokens by their name.
+
+    Where one character is spread over several tokens, the last of them gets it.
+    """
+    texts: list[str] = []
+    before = ""
     for end in range(1, len(ids) + 1):
-        now = str(tokenizer.decode(ids[:end], skip_special_tokens=False))
-        texts.append(now[len(before) :] if now.startswith(before) else str(tokenizer.decode(ids[end - 1 : end])))
+        now = str(tokenizer.decode(ids[:end]))
+        if end < len(ids):
+            now = now.rstrip(_UNFINISHED)
+        if not now.startswith(before):  # the tokenizer writes the same tokens differently before this one
+            texts.append(str(tokenizer.decode(ids[end - 1 : end])))
+            before = str(tokenizer.decode(ids[:end]))
+            continue
+        texts.append(now[len(before) :])
         before = now
     return texts

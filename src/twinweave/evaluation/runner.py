@@ -86,7 +86,7 @@ def evaluate_task(
         UnsupportedModelError: the tokenizer cannot end or pad a text.
     """
     check_tokenizer(tokenizer)
-    run = _Run(model, tokenizer, task, _window(model, task), batch_size, progress)
+    run = _Run(model, tokenizer, task, task_window(model, task), batch_size, progress)
     score_kind = {
         "generation": _generation,
         "multiple_choice": _multiple_choice,
@@ -133,7 +133,8 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _window(model: Any, task: Task) -> int:
+def task_window(model: Any, task: Task) -> int:
+    """The tokens that a row of the task may have: the task's window, or the model's own if it is smaller."""
     own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return min(task.max_length, own) if isinstance(own, int) and own > 0 else task.max_length
 

@@ -4,10 +4,11 @@ import gc
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import check_tokenizer
-from ..errors import UnsupportedModelError
+from ..errors import DamagedFileError, UnsupportedModelError
 from .recipe import BaseSection
 
 
@@ -22,6 +23,11 @@ def load_base(section: BaseSection) -> PreTrainedModel:
             attn_implementation=section.attn_implementation,
             trust_remote_code=section.trust_remote_code,
         )
+    except SafetensorError as error:
+        raise DamagedFileError(
+            f"The weights of the base '{section.name}' are damaged or cut short ({_first_line(error)}). Copy them "
+            "again from where they came."
+        ) from error
     except (OSError, ValueError) as error:
         raise UnsupportedModelError(
             f"The base '{section.name}' cannot be loaded as a causal language model: {_first_line(error)}. Give a "
@@ -41,6 +47,20 @@ def load_tokenizer(section: BaseSection) -> PreTrainedTokenizerBase:
         raise UnsupportedModelError(f"The base '{section.name}' has no tokenizer: {_first_line(error)}.") from error
     check_tokenizer(tokenizer, pad_token=section.pad_token)
     return tokenizer
+
+
+def load_window(section: BaseSection) -> int:
+    """How many tokens the base can read at once; a very large number where its config does not say."""
+    try:
+        config = AutoConfig.from_pretrained(
+            _location(section), revision=section.revision or "main", trust_remote_code=section.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"The base '{section.name}' has no readable config: {_first_line(error)}."
+        ) from error
+    own = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return own if isinstance(own, int) and own > 0 else 2**30
 
 
 def default_device() -> torch.device:

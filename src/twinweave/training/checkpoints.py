@@ -25,7 +25,7 @@ def publish(run: Path, step: int, facts: dict[str, Any]) -> Path:
     """Make the staged checkpoint of `step` count: marker last, then one rename. `facts` go into the marker."""
     staged, goal = staging_folder(run) / f"{_PREFIX}{step}", run / f"{_PREFIX}{step}"
     write_json_atomic(staged / MARKER, {"step": step, **facts})
-    shutil.rmtree(goal, ignore_errors=True)
+    shutil.rmtree(goal, ignore_errors=True)  # an unmarked one: a marked one would have been gone on from
     staged.rename(goal)
     shutil.rmtree(staging_folder(run), ignore_errors=True)
     return goal
@@ -43,7 +43,15 @@ def facts_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def keep_only(run: Path, steps: set[int]) -> None:
-    """Remove every whole checkpoint but those of the given steps."""
-    for checkpoint in complete_checkpoints(run):
-        if int(checkpoint.name[len(_PREFIX) :]) not in steps:
-            shutil.rmtree(checkpoint)
+    """Remove every checkpoint but those of the given steps, unmarked ones too."""
+    kept = {f"{_PREFIX}{step}" for step in steps}
+    for checkpoint in run.glob(f"{_PREFIX}*"):
+        if checkpoint.name not in kept:
+            (checkpoint / MARKER).unlink(missing_ok=True)  # first, so that half of it never counts
+            shutil.rmtree(checkpoint, ignore_errors=True)
+
+
+def clear(run: Path) -> None:
+    """Remove every checkpoint of the run and what a killed process left of one."""
+    keep_only(run, set())
+    shutil.rmtree(staging_folder(run), ignore_errors=True)

@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, PeftConfig
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.trainer_utils import SchedulerType
 
 from ..data import CompletionCollator, TrainingData, prepare_training_data
 from ..errors import DataError, RecipeError
@@ -24,7 +22,7 @@ from ..evaluation import read_examples
 from ..files import atomic_directory, write_json_atomic
 from ..methods import Method
 from . import checkpoints
-from .base import free_memory, load_base
+from .base import free_memory, load_base, load_window
 from .recipe import Recipe, TrainingSection
 from .trainer import TwinweaveTrainer
 
@@ -63,7 +61,7 @@ def fit(
     steps = total_steps(section, len(data.train))
     set_seed(seed)
     base = load_base(recipe.base)
-    model = method.build(base, _with_schedule(recipe.peft_config(), steps), recipe.imsm_config())
+    model = method.build(base, recipe.peft_config(steps), recipe.imsm_config())
     trainer = TwinweaveTrainer(
         model=model,
         args=_arguments(section, seed, steps, folder, data),
@@ -74,8 +72,9 @@ def fit(
     )
     _reset_peak_memory()
     trainer.train_or_resume()
-    model.save_pretrained(str(folder / "last"))
-    _copy_model(trainer.best_checkpoint(), folder / "best")
+    with trainer.writing("the trained model"):
+        model.save_pretrained(str(folder / "last"))
+        _copy_model(trainer.best_checkpoint(), folder / "best")
     training = Training(
         train_seconds=trainer.seconds,
         tokens_per_second=trainer.tokens / trainer.seconds,
@@ -84,7 +83,7 @@ def fit(
         **_losses(trainer),
     )
     write_json_atomic(finished, asdict(training))
-    checkpoints.keep_only(folder, set())
+    checkpoints.clear(folder)
     del trainer, model, base
     free_memory()
     return training
@@ -97,7 +96,7 @@ def load_training_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed:
     data = prepare_training_data(
         section.data,
         tokenizer,
-        max_length=section.max_length,
+        max_length=min(section.max_length, load_window(recipe.base)),
         prompt_template=section.prompt,
         completion_template=section.completion,
         validation=section.validation,
@@ -121,8 +120,6 @@ def total_steps(section: TrainingSection, rows: int) -> int:
 
 
 def _arguments(section: TrainingSection, seed: int, steps: int, folder: Path, data: TrainingData) -> TrainingArguments:
-    if section.scheduler not in (known := [kind.value for kind in SchedulerType]):
-        raise RecipeError(f"training.scheduler is '{section.scheduler}'; use one of {', '.join(known)}.")
     by_epoch = section.evaluate_every == "epoch"
     interval = {} if by_epoch else {"eval_steps": section.evaluate_every, "save_steps": section.evaluate_every}
     strategy = "epoch" if by_epoch else "steps"
@@ -160,15 +157,6 @@ def _arguments(section: TrainingSection, seed: int, steps: int, folder: Path, da
         )
     except ValueError as error:
         raise RecipeError(f"training: {error}") from error
-
-
-def _with_schedule(config: PeftConfig, steps: int) -> PeftConfig:
-    """AdaLoRA has to know the number of steps: ranks are pruned from 10 % to 70 % of them, unless the recipe says."""
-    if isinstance(config, AdaLoraConfig):
-        config.total_step = config.total_step or steps
-        if not config.tinit and not config.tfinal:
-            config.tinit, config.tfinal = round(0.1 * steps), round(0.3 * steps)
-    return config
 
 
 def _copy_model(checkpoint: Path, goal: Path) -> None:

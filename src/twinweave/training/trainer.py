@@ -3,16 +3,17 @@
 Knows nothing about recipes, methods or scores.
 """
 
-import errno
 import math
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import AdaLoraModel, PeftConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -25,6 +26,10 @@ from . import checkpoints
 
 TRAINED_NAME = "trained.safetensors"
 _ALLOCATOR = "adalora_allocator/"
+# A run's settings cannot change halfway: what it measures would belong to neither of them.
+_FIX_OF_A_BAD_LOSS = (
+    "Lower training.learning_rate (or use training.precision=fp32) and start again with another output=FOLDER"
+)
 _ALLOCATOR_TABLES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
@@ -42,6 +47,7 @@ class TwinweaveTrainer(Trainer):
         self.remove_callback(ProgressCallback)
         self._bar = ProgressBarCallback()
         self.add_callback(self._bar)
+        self.add_callback(LogAtCheckpointsCallback())
         if isinstance(getattr(self.model, "base_model", None), AdaLoraModel):
             self.add_callback(AdaLoraCallback())
         self.seconds = 0.0
@@ -62,10 +68,6 @@ class TwinweaveTrainer(Trainer):
         self._started = time.perf_counter()
         try:
             self.train(resume_from_checkpoint=str(done[-1]) if done else None)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise TrainingError(self._stopped(f"the disk is full ({error})", "Free some space")) from error
         finally:
             self._bar.bar.stop()
         self.seconds += time.perf_counter() - self._started
@@ -75,6 +77,19 @@ class TwinweaveTrainer(Trainer):
         done = checkpoints.complete_checkpoints(self.run_folder)
         best = [p for p in done if p.name == f"checkpoint-{self.state.best_global_step}"]
         return (best or done)[-1]
+
+    @contextmanager
+    def writing(self, what: str) -> Iterator[None]:
+        """Turn a failure to write within the block into a TrainingError that says what is safe.
+
+        On a full disk only Python's own writes raise OSError; torch and safetensors have errors of their own.
+        """
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            reason = f"{what} could not be written ({_first_line(error)})"
+            fix = f"See that the disk of {self.run_folder} has space and can be written to"
+            raise TrainingError(self._stopped(reason, f"{fix}, then run the same command to go on")) from error
 
     # --- what differs from transformers ---------------------------------------------------------------------------
 
@@ -99,9 +114,19 @@ class TwinweaveTrainer(Trainer):
         self.tokens += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else 0
         loss = super().training_step(model, inputs, *args, **kwargs)
         if not math.isfinite(loss.item()):
-            fix = "Lower training.learning_rate, or train in a wider precision"
-            raise TrainingError(self._stopped(f"the loss is {loss.item()} at step {self.state.global_step + 1}", fix))
+            raise TrainingError(
+                self._stopped(f"the loss is {loss.item()} at step {self.state.global_step + 1}", _FIX_OF_A_BAD_LOSS)
+            )
         return loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As in transformers; raises TrainingError when the loss is no number, before such weights are kept."""
+        metrics = super().evaluate(*args, **kwargs)
+        loss = metrics.get("eval_loss", 0.0)
+        if not math.isfinite(loss):
+            reason = f"the validation loss is {loss} after step {self.state.global_step}"
+            raise TrainingError(self._stopped(reason, _FIX_OF_A_BAD_LOSS))
+        return metrics
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(checkpoints.staging_folder(self.run_folder))
@@ -111,18 +136,20 @@ class TwinweaveTrainer(Trainer):
         if self.args.should_save:
             shutil.rmtree(staging, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        step = self.state.global_step
         try:
-            super()._save_checkpoint(model, trial)
-            if self.args.should_save and not self._is_sharded:
-                self._save_trained(staging / f"checkpoint-{self.state.global_step}" / TRAINED_NAME)
+            with self.writing(f"the checkpoint of step {step}"):
+                super()._save_checkpoint(model, trial)
+                if self.args.should_save and not self._is_sharded:
+                    self._save_trained(staging / f"checkpoint-{step}" / TRAINED_NAME)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    seconds = self.seconds + time.perf_counter() - self._started
+                    checkpoints.publish(self.run_folder, step, {"seconds": seconds, "tokens": self.tokens})
         except Exception:
             shutil.rmtree(staging, ignore_errors=True)
             raise
-        self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            step = self.state.global_step
-            seconds = self.seconds + time.perf_counter() - self._started
-            checkpoints.publish(self.run_folder, step, {"seconds": seconds, "tokens": self.tokens})
             checkpoints.keep_only(self.run_folder, {step, self.state.best_global_step or step})
 
     # PEFT's own files are not enough to go on from: an AdaLoRA adapter is written with its pruned ranks cut away, and
@@ -167,7 +194,11 @@ class TwinweaveTrainer(Trainer):
     def _stopped(self, reason: str, fix: str) -> str:
         done = checkpoints.complete_checkpoints(self.run_folder)
         kept = f"The last good checkpoint is {done[-1]}" if done else "There is no checkpoint yet"
-        return f"Training stopped: {reason}. {kept}. {fix}, then run the same command to go on."
+        return f"Training stopped: {reason}. {kept}. {fix}."
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0].rstrip(".")
 
 
 def _allocator(model: Any) -> Any:
@@ -184,6 +215,20 @@ class AdaLoraCallback(TrainerCallback):
         """Between the optimizer's step and the reset of the gradients."""
         model: PeftModel = kwargs["model"]
         model.base_model.update_and_allocate(state.global_step + 1)  # type: ignore[operator]
+
+
+class LogAtCheckpointsCallback(TrainerCallback):
+    """Logs the loss with each checkpoint: what has gathered since the last log is not part of one."""
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After the callback that decides about saving, which is always the first."""
+        control.should_log = control.should_log or control.should_save
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """As `on_step_end`."""
+        control.should_log = control.should_log or control.should_save
 
 
 class ProgressBarCallback(TrainerCallback):
