@@ -221,6 +221,20 @@ def test_going_on_with_a_query_mask_over_everything(models, tokens):
     assert torch.equal(got, generate(model, longer, **options))
 
 
+def test_going_on_after_a_query_mask_keeps_that_query(models, tokens):
+    """What was generated, and what comes now, is no query unless somebody says so."""
+    model, prompt = models["llama"], tokens(2, 6)
+    query = torch.zeros_like(prompt)
+    query[:, 2:5] = 1
+    sequences, cache = returned(model, prompt, query_mask=query)
+    longer = torch.cat((sequences, tokens(2, 4, seed=8)), dim=1)
+    mask = torch.ones_like(longer)
+    got, _ = returned(model, longer, attention_mask=mask, past_key_values=cache)
+    whole = torch.nn.functional.pad(query, (0, longer.shape[1] - query.shape[1]))
+    assert torch.equal(got, generate(model, longer, attention_mask=mask, query_mask=whole))
+    assert not torch.equal(got, generate(model, longer, attention_mask=mask))
+
+
 def test_one_prompt_cache_for_several_continuations(model, tokens):
     """The usual recipe: read the shared prompt once, continue copies of its cache."""
     prompt = tokens(1, 7)
