@@ -25,6 +25,16 @@ class Crash(Exception):
     """Stands for anything that goes wrong."""
 
 
+def crash_after_writing(name, block):
+    def write_and_crash():
+        with block as folder:
+            (folder / name).write_text("half")
+            raise Crash
+
+    with pytest.raises(Crash):
+        write_and_crash()
+
+
 def names(folder):
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*"))
 
@@ -60,10 +70,7 @@ def test_json(tmp_path, monkeypatch):
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path):
     goal = tmp_path / "runs" / "one"
-    with pytest.raises(Crash), atomic_directory(goal) as folder:
-        (folder / "half").write_text("x")
-        assert not goal.exists()
-        raise Crash
+    crash_after_writing("half", atomic_directory(goal))
     assert names(tmp_path) == ["runs"]
     with atomic_directory(goal) as folder:
         (folder / "a").write_text("1")
@@ -75,9 +82,7 @@ def test_a_directory_is_replaced_or_kept(tmp_path):
     goal = tmp_path / "one"
     with atomic_directory(goal) as folder:
         (folder / "old").write_text("1")
-    with pytest.raises(Crash), atomic_directory(goal) as folder:
-        (folder / "new").write_text("2")
-        raise Crash
+    crash_after_writing("new", atomic_directory(goal))
     assert names(tmp_path) == ["one", "one/old"]
     with atomic_directory(goal) as folder:
         (folder / "new").write_text("2")
@@ -123,9 +128,7 @@ def test_files_join_those_that_are_there(tmp_path):
         assert (goal / "both").read_text() == "old"
     assert names(tmp_path) == ["shared", "shared/both", "shared/mine", "shared/sub", "shared/sub/more"]
     assert (goal / "both").read_text() == "new"
-    with pytest.raises(Crash), atomic_files_into(goal) as folder:
-        (folder / "both").write_text("half")
-        raise Crash
+    crash_after_writing("both", atomic_files_into(goal))
     assert (goal / "both").read_text() == "new"
     assert len(names(tmp_path)) == 5
 

@@ -1,6 +1,7 @@
 """The query memory and the paired caches against slow implementations with loops."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -55,7 +56,7 @@ def test_running_means_in_any_chunks(stream, said, data):
     bounds = st.lists(st.integers(0, columns), min_size=rows * columns, max_size=rows * columns)
     ends = torch.tensor(data.draw(bounds)).view(rows, columns)
     state = None
-    for start, end in zip(cuts[:-1], cuts[1:], strict=True):
+    for start, end in pairwise(cuts):
         match said:
             case "chunk":
                 state = extend(features[:, start:end], attended[:, start:end], asked[:, start:end], state)
@@ -76,7 +77,7 @@ def test_the_last_word_about_a_column_counts(stream):
     if len(cuts) == 2:
         return
     state = None
-    for start, end in zip(cuts[:-2], cuts[1:-1], strict=True):
+    for start, end in pairwise(cuts[:-1]):
         state = extend(features[:, start:end], ~attended[:, :end], ~asked[:, :end], state)
     state = extend(features[:, cuts[-2] :], attended, asked, state)
     ends = torch.arange(1, attended.shape[1] + 1).expand_as(attended)
