@@ -127,3 +127,12 @@ def without_times(results: dict[str, Any]) -> dict[str, Any]:
 def die() -> None:
     """As `kill -9` does it: no handler, no clean-up."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def call(file: str, path: list[str], world: Path, *args: Any) -> None:
+    """Run `run_and_die` of a test module, which has no name that another process could import it by."""
+    import runpy
+    import sys
+
+    sys.path[:] = path
+    runpy.run_path(file)["run_and_die"](world, *args)

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import pytest
-import tiny_runs
 import yaml
 
+import tiny_runs
 from twinweave.errors import UsageError
 from twinweave.training import load_recipe
 
