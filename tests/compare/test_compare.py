@@ -297,7 +297,7 @@ def test_a_folder_with_something_else_in_it_is_refused(world):
     (world / "run" / "thesis.tex").write_text("years of work")
     (world / "file").write_text("a file")
     for overrides in ([], [f"output={world / 'file'}"]):
-        with pytest.raises(RecipeError, match="not a run of twinweave.*output="):
+        with pytest.raises(RecipeError, match=r"not a run of twinweave.*output="):
             run(world, *overrides)
     assert [p.name for p in (world / "run").iterdir()] == ["thesis.tex"]
 

@@ -28,7 +28,7 @@ CASES = {
     "peft": ("peft", {}),
     "imsm": ("imsm", {}),
     "adalora": ("imsm", {"peft": ADALORA}),
-    "wrecked": ("peft", {"training": {"learning_rate": 0.4, "scheduler": "constant", "warmup": 0.0}}),
+    "best is old": ("peft", {}),
     "accumulating": ("imsm", {"training": {"batch_size": 2, "gradient_accumulation": 2, "evaluate_every": 4}}),
 }
 
@@ -36,6 +36,9 @@ CASES = {
 def run(world, case, folder="run"):
     method, changes = CASES[case]
     values = tiny_runs.recipe_values(world)
+    if case == "best is old":  # the better the training rows are known, the worse these
+        rows = [{"prompt": f"reverse {' '.join(tiny_runs.letters(i))} :", "completion": "yes no yes"} for i in range(5)]
+        values["train"]["validation"] = str(tiny_runs.write_rows(Path(world) / "contrary.jsonl", rows))
     settings = values["training"] | {"epochs": 4, "log_every": 3} | changes.get("training", {})
     recipe = load_recipe(values | changes | {"training": settings})
     tokenizer = load_tokenizer(recipe.base)
@@ -130,7 +133,7 @@ def assert_same(world, resumed, reference):
         ("imsm", "in the middle of an epoch"),
         ("imsm", "while writing the second checkpoint"),
         ("adalora", "in the middle of an epoch"),
-        ("wrecked", "in the middle of an epoch"),
+        ("best is old", "in the middle of an epoch"),
         ("accumulating", "in the middle of an epoch"),
         ("peft", "before anything is said to be finished"),
     ],
@@ -147,8 +150,8 @@ def test_a_killed_training_ends_with_the_same_bits(server, world, uninterrupted,
     tokens = json.loads((done[-1] / checkpoints.MARKER).read_text())["tokens"]
     resumed = run(world, case)
     assert resumed.tokens_per_second * resumed.train_seconds > 0.99 * tokens > 0  # both parts are counted
-    if case == "wrecked":
-        assert resumed.best_step == 4  # from before the kill, and better than all that came after
+    if case == "best is old":
+        assert resumed.best_step == 5  # from before the kill, and better than all that came after
     assert_same(world, resumed, uninterrupted(case))
 
 

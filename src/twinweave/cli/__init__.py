@@ -36,8 +36,8 @@ for _command in (demo, train, compare, evaluate, generate, report, validate, tas
     app.command()(_command)
 
 
-# No space left, over quota, file too large, no permission, read-only: nothing that this program could do about it.
-_MENDED_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
+# No space, over quota, too large, no permission, read-only, a file for a folder: only the user can do something.
+_MENDED_OUTSIDE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def main() -> None:

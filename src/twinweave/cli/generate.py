@@ -19,7 +19,9 @@ from .shared import MemoryOption, RetentionOption, dialled, open_run, out
 def generate(
     run: Annotated[Path, typer.Argument(help="The folder of a finished run, or of one of its models.")],
     prompt: Annotated[str, typer.Argument(help="What the model is asked.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="The most tokens to write.")] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="The most tokens to write (64, or half the window if that is less).")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 writes the likeliest token each time.")] = 0.0,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
     chat: Annotated[bool, typer.Option(help="Put the prompt through the tokenizer's chat template.")] = False,
@@ -34,6 +36,7 @@ def generate(
     """
     model, tokenizer, recipe = open_run(run, base)
     window = load_window(recipe.base)
+    max_new_tokens = max_new_tokens or min(64, window // 2)
     if window <= max_new_tokens:
         raise UsageError(
             f"--max-new-tokens {max_new_tokens} leaves no room for a prompt: the window is {window} tokens."

@@ -3,7 +3,10 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
+
 from ..data import TrainingData
+from ..errors import UnsupportedModelError
 from ..evaluation import Task
 from ..evaluation.rows import read_choices, read_examples, read_pairs, read_texts
 from ..imsm.model import check_adapter, check_base
@@ -34,6 +37,7 @@ def check_run(recipe: Recipe, methods: Sequence[Method], data: TrainingData) -> 
     rows = [(task, len(_READERS[task.kind](task))) for task in (recipe.target, *recipe.retained)]
     model: Any = load_base(recipe.base)
     check_base(model)
+    _check_causal(model)
     check_adapter(recipe.peft_config(steps))
     found = [
         ("base", f"{type(model).__name__}, {model.num_parameters():,} parameters, {recipe.base.dtype}"),
@@ -52,3 +56,16 @@ def check_run(recipe: Recipe, methods: Sequence[Method], data: TrainingData) -> 
     found += [("warning", warning) for warning in report.warnings]
     free_memory()
     return found
+
+
+@torch.inference_mode()
+def _check_causal(base: Any) -> None:
+    """No config says reliably whether attention looks ahead (BERT has a causal class too), so the model is asked."""
+    device = next(base.parameters()).device
+    one, other = (torch.tensor([[1, 2, 3, last]], device=device) for last in (1, 2))
+    first, second = (base(input_ids=ids).logits[:, :-1].float() for ids in (one, other))
+    if (first - second).abs().max() > 1e-3 * first.abs().max():
+        raise UnsupportedModelError(
+            f"The base {base.config._name_or_path} ({type(base).__name__}) is not a causal language model: what it "
+            "predicts depends on later tokens. Give a base that was trained to continue text."
+        )

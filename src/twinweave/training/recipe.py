@@ -16,6 +16,8 @@ import yaml
 from peft import AdaLoraConfig, PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -92,6 +94,16 @@ class TrainingSection(_Section):
         if value not in (known := [name.value for name in OptimizerNames]):
             raise RecipeError(unknown_name("optimizer", value, known))
         return value
+
+    @field_validator("report_to")
+    @classmethod
+    def _installed_loggers(cls, values: list[str]) -> list[str]:
+        for value in values:
+            if value not in INTEGRATION_TO_CALLBACK:
+                raise RecipeError(unknown_name("logger in training.report_to", value, INTEGRATION_TO_CALLBACK))
+            if value not in get_available_reporting_integrations():
+                raise RecipeError(f"training.report_to: {value} is not installed here. Install it, or leave it out.")
+        return values
 
     @field_validator("scheduler")
     @classmethod
