@@ -9,7 +9,7 @@ demo: .venv/installed
 	.venv/bin/twinweave demo
 
 test: check
-	.venv/bin/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n 2 --dist loadfile
 
 check: .venv/installed-test
 	.venv/bin/ruff check .

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from .errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError, unknown_name
 from .files import read_safetensors
 from .imsm import IMSMConfig, IMSMModel, get_imsm_model
-from .imsm.model import check_adapter, check_base
+from .imsm.checks import check_adapter, check_base
 
 Build = Callable[[PreTrainedModel, PeftConfig, IMSMConfig], PeftModel]
 Load = Callable[[str, PreTrainedModel], PeftModel]

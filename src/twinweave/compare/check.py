@@ -9,7 +9,7 @@ from ..data import TrainingData
 from ..errors import UnsupportedModelError
 from ..evaluation import Task
 from ..evaluation.rows import read_choices, read_examples, read_pairs, read_texts
-from ..imsm.model import check_adapter, check_base
+from ..imsm.checks import check_adapter, check_base
 from ..methods import Method, get_method
 from ..training import Recipe, free_memory, load_base, load_tokenizer, load_training_data
 from ..training.fit import total_steps

@@ -1,6 +1,6 @@
 """IMSM: a frozen and a PEFT-tuned twin of one language model, fused by a query-aware gate (arXiv 2412.17383).
 
-Read `config`, `gate`, `memory`, `twin`, `model`, `saving` in this order, with the paper beside them.
+Read `config`, `gate`, `memory`, `twin`, `checks`, `model`, `saving` in this order, with the paper beside them.
 """
 
 from .config import IMSMConfig

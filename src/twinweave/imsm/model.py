@@ -16,14 +16,13 @@ from transformers import Cache, PreTrainedModel
 from ..errors import UnsupportedModelError, UsageError, unknown_name
 from ..fingerprint import fingerprint
 from . import saving
+from .checks import adapted_behind, check_adapter, check_base, misfit, take_adapter_out
 from .config import IMSMConfig
 from .gate import MemoryGate
 from .memory import TwinCache
 from .twin import Call, adapter_layers, adapters_off, prepare_cache, weave
 
 Memory = Literal["original", "enhanced", "interwoven"]
-
-_STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def get_imsm_model(
@@ -47,15 +46,10 @@ def get_imsm_model(
     try:
         return IMSMModel(base, peft_config, imsm_config or IMSMConfig(), adapter_name, **peft_kwargs)
     except (ValueError, TypeError) as error:
-        _take_adapter_out(base)  # PEFT may have come to some layers already
+        take_adapter_out(base)  # PEFT may have come to some layers already
         if "arget module" not in str(error) and "target_modules" not in str(error):
             raise
-        names = sorted({n.rsplit(".", 1)[-1] for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)})
-        raise UnsupportedModelError(
-            f"The adapter's target modules {_shown(getattr(peft_config, 'target_modules', None))} do not fit "
-            f"{type(base).__name__}: {error} Its linear layers are called {', '.join(names)}; name some of them in "
-            "target_modules, or use target_modules='all-linear'."
-        ) from error
+        raise misfit(base, peft_config, error) from error
 
 
 class IMSMModel(PeftModelForCausalLM):
@@ -76,9 +70,9 @@ class IMSMModel(PeftModelForCausalLM):
         base_fingerprint = fingerprint(base)  # before the adapter adds its own parameters
         decoder, head = base.get_decoder(), base.get_output_embeddings()
         super().__init__(base, peft_config, adapter_name=adapter_name, **peft_kwargs)
-        outside = _adapted_behind(decoder, base)
+        outside = adapted_behind(decoder, base)
         if outside:
-            _take_adapter_out(base)
+            take_adapter_out(base)
             raise UnsupportedModelError(
                 f"The adapter changes {', '.join(outside)}, which both memories share. Leave it out of target_modules, "
                 "modules_to_save and trainable_token_indices."
@@ -273,77 +267,6 @@ class IMSMModel(PeftModelForCausalLM):
         for files that are missing, truncated or pickled.
         """
         return saving.load(cls, path, base, is_trainable, allow_base_mismatch, revision, kwargs)
-
-
-def check_base(base: Any) -> None:
-    """Raise UnsupportedModelError unless `base` is a transformers causal LM: decoder, then head, able to generate."""
-    fault = None
-    if not isinstance(base, PreTrainedModel):
-        fault = "is not a transformers model"
-    elif not base.can_generate() or base.get_output_embeddings() is None:
-        fault = "has no language-model head"
-    elif base.get_decoder() in (None, base):
-        fault = "has no decoder of its own below its head"
-    elif base.config.is_encoder_decoder:
-        fault = "is an encoder-decoder"
-    if fault:
-        raise UnsupportedModelError(
-            f"{type(base).__name__} {fault}, so its memories cannot be woven. Load the base with "
-            "AutoModelForCausalLM.from_pretrained."
-        )
-    if adapter_layers(base):
-        raise UnsupportedModelError(
-            f"This {type(base).__name__} already carries an adapter, so its frozen weights are not the base's alone. "
-            "Wrapping changes a base in place: load it again to wrap it again."
-        )
-
-
-def check_adapter(peft_config: PeftConfig) -> None:
-    """Raise UnsupportedModelError for adapters that change the sequence or the base's own weights."""
-    if peft_config.is_prompt_learning:
-        raise UnsupportedModelError(
-            f"{_name_of(peft_config)} adds virtual tokens to the sequence, which the twin does not support yet. "
-            "Use an adapter inside the layers (LoRA, DoRA, IA3, AdaLoRA, OFT, …)."
-        )
-    if peft_config.task_type != TaskType.CAUSAL_LM:
-        raise UnsupportedModelError(
-            f"The adapter's task_type is {peft_config.task_type!r}; a causal model needs task_type='CAUSAL_LM'."
-        )
-    start = str(getattr(peft_config, "init_lora_weights", True)).lower()
-    if start.startswith(_STARTS_THAT_CHANGE_THE_BASE):
-        raise UnsupportedModelError(
-            f"init_lora_weights={start!r} moves part of the base's weights into the adapter, and the base must stay as "
-            "it is. Use True, 'gaussian', 'eva' or 'orthogonal'."
-        )
-    bias = getattr(peft_config, "bias", "none")
-    if bias not in ("none", None, False):
-        raise UnsupportedModelError(
-            f"bias={bias!r} trains biases of the base itself, and the base must stay as it is. Use bias='none'."
-        )
-
-
-def _adapted_behind(decoder: torch.nn.Module, base: torch.nn.Module) -> list[str]:
-    """The names of adapted layers outside the decoder: they would read the woven state, and neither memory could be
-    had alone."""
-    woven = set(adapter_layers(decoder))
-    return [name for name, m in base.named_modules() if m in set(adapter_layers(base)) - woven]
-
-
-def _take_adapter_out(base: torch.nn.Module) -> None:
-    """Put the base's own layers back where adapted ones are."""
-    for name, module in list(base.named_modules()):
-        if module in adapter_layers(base):
-            own = module.original_module if hasattr(module, "original_module") else module.base_layer
-            base.set_submodule(name, own)
-
-
-def _name_of(peft_config: PeftConfig) -> str:
-    kind = peft_config.peft_type
-    return str(getattr(kind, "value", kind))
-
-
-def _shown(modules: Any) -> str:
-    return repr(sorted(modules)) if isinstance(modules, (set, list, tuple)) else repr(modules)
 
 
 def _prompt_columns(prompt: Tensor, mask: Tensor | None, cache: Any) -> int:

@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
 from ..files import atomic_files_into, read_safetensors, write_json_atomic
 from ..fingerprint import BaseFingerprint, fingerprint
+from .checks import check_base
 from .config import IMSMConfig
 
 if TYPE_CHECKING:
@@ -92,8 +93,6 @@ def load(
         raise UsageError(
             f"{', '.join(sorted(base_kwargs))}: these say how to load a base, but a loaded one was passed."
         )
-
-    from .model import check_base
 
     check_base(base)
     differences = BaseFingerprint(**recorded["fingerprint"]).differences(fingerprint(base))

@@ -80,7 +80,7 @@ def adapters_off(layers: list[nn.Module], off: bool = True) -> Iterator[None]:
 @contextmanager
 def dropout_off(module: nn.Module) -> Iterator[None]:
     """Run the block in evaluation mode: the original memory is a constant, also while training."""
-    training = [m for m in module.modules() if m.training]
+    training = [m for m in module.modules() if m.training] if module.training else []
     try:
         for m in training:
             m.training = False

@@ -1,0 +1,61 @@
+"""Everything the README shows is run: Python as it stands, commands with settings that make them short."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Appended to commands that train, so that they take seconds here.
+SHORT = ["training.max_steps=4", "training.evaluate_every=2", "train.limit=64", "evaluation.lens_prompts=2"]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[list[str]]:
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    return [shlex.split(line, comments=True) for line in lines]
+
+
+def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def test_python_snippets_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "\n".join(blocks("python"))
+    assert "get_imsm_model" in code
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert (tmp_path / "my-model" / "imsm_gate.safetensors").is_file()
+
+
+def test_every_command_of_twinweave_runs(tmp_path: Path) -> None:
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    shown = [command for command in commands() if command[0] == "twinweave"]
+    assert {command[1] for command in shown} >= {"train", "compare", "evaluate", "generate", "report", "validate"}
+    for command in shown:
+        if command[1] in ("train", "compare"):
+            command = [*command, *SHORT]
+        done = run(command, tmp_path)
+        assert done.returncode == 0, f"{shlex.join(command)}\n{done.stdout}\n{done.stderr}"
+    assert (tmp_path / "runs" / "reverse-compared" / "report.html").is_file()
+
+
+def test_make_targets_exist_and_the_demo_is_the_command_they_run(tmp_path: Path) -> None:
+    for command in (command for command in commands() if command[0] == "make"):
+        plan = run([command[0], "-n", *command[1:]], ROOT)
+        assert plan.returncode == 0, plan.stderr
+        if command[1] == "demo":
+            assert "twinweave demo" in plan.stdout
+    done = run(["twinweave", "demo", "--output", str(tmp_path / "demo"), "seeds=[0,1]", *SHORT], ROOT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1].endswith("report.html")
