@@ -1,0 +1,122 @@
+"""The table of methods: what each builds, what its dial does, and that a dial leaves the model as it found it."""
+
+import pytest
+import torch
+
+from twinweave.errors import UnsupportedModelError, UsageError
+from twinweave.imsm import IMSMConfig, IMSMModel
+from twinweave.methods import METHODS, get_method, label_of
+
+TRAINED = [name for name, method in METHODS.items() if method.build]
+DIALS = [name for name, method in METHODS.items() if method.dial]
+
+
+def logits(model, tokens):
+    with torch.no_grad():
+        return model(input_ids=tokens(2, 7)).logits
+
+
+def test_the_table_is_consistent():
+    for name, method in METHODS.items():
+        assert method.name == name
+        assert method.label
+        assert method.description.endswith(".")
+        assert method.load is not None
+        assert (method.build is None) is (method.dial is not None)
+        if method.dial:
+            assert METHODS[method.dial.of].build
+    assert len({method.label for method in METHODS.values()}) == len(METHODS)
+    with pytest.raises(UsageError, match=r"'imsm_gat'.*'imsm_gate'"):
+        get_method("imsm_gat")
+
+
+def test_labels_name_the_adapter():
+    assert label_of("peft", "lora") == "LoRA"
+    assert label_of("peft_scaled", "adalora") == "AdaLoRA × λ"
+    assert label_of("peft", "vera") == "vera"
+    assert label_of("imsm", "lora") == "IMSM"
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_every_method_starts_as_the_base_and_survives_saving(name, make_base, make_peft, perturb, tokens, tmp_path):
+    method = get_method(name)
+    base = make_base()
+    before = logits(base, tokens)
+    model = method.build(base, make_peft("lora"), IMSMConfig(gate_rank=3)).eval()
+    assert torch.equal(logits(model, tokens), before)
+    if isinstance(model, IMSMModel):
+        fusion = {"imsm": "query_gate", "imsm_gate": "gate", "imsm_average": "average"}[name]
+        assert model.imsm_config.fusion == fusion
+    own = [n for n, p in model.named_parameters() if p.requires_grad and n.startswith(tuple(method.own_learning_rates))]
+    assert bool(own) is bool(method.own_learning_rates)
+    perturb(model)
+    model.save_pretrained(str(tmp_path))
+    assert torch.equal(logits(method.load(str(tmp_path), make_base()).eval(), tokens), logits(model, tokens))
+
+
+def test_the_settings_of_one_method_do_not_leak_into_another(make_base, make_peft):
+    settings = IMSMConfig(gate_rank=3)
+    for name in TRAINED:
+        get_method(name).build(make_base(), make_peft("lora"), settings)
+    assert settings == IMSMConfig(gate_rank=3)
+
+
+@pytest.mark.parametrize("name", DIALS)
+def test_a_dial_holds_for_its_block_only_whatever_happens_in_it(name, make_base, make_peft, perturb, tokens):
+    dial = get_method(name).dial
+    model = get_method(dial.of).build(make_base(), make_peft("lora"), IMSMConfig(gate_rank=3)).eval()
+    perturb(model)
+    before = logits(model, tokens)
+    with dial.apply(model, 0.5):
+        assert not torch.equal(logits(model, tokens), before)
+    assert torch.equal(logits(model, tokens), before)
+    with pytest.raises(ZeroDivisionError), dial.apply(model, 0.5):
+        raise ZeroDivisionError
+    assert torch.equal(logits(model, tokens), before)
+
+
+def test_the_ends_of_the_dials_are_the_base_and_the_trained_model(make_base, make_peft, perturb, tokens):
+    base = logits(make_base(), tokens)
+    plain = get_method("peft").build(make_base(), make_peft("lora"), IMSMConfig()).eval()
+    perturb(plain)
+    enhanced = logits(plain, tokens)
+    scale = get_method("peft_scaled").dial.apply
+    with scale(plain, 0.0):
+        assert torch.allclose(logits(plain, tokens), base, atol=1e-6)
+    with scale(plain, 1.0):
+        assert torch.equal(logits(plain, tokens), enhanced)
+    woven = get_method("imsm").build(make_base(), make_peft("lora"), IMSMConfig(gate_rank=3)).eval()
+    perturb(woven)
+    retention = get_method("imsm_retention").dial.apply
+    trained = logits(woven, tokens)
+    with retention(woven, 0.0):
+        assert torch.equal(logits(woven, tokens), trained)
+    with retention(woven, float("inf")):
+        assert torch.equal(logits(woven, tokens), base)
+    woven.retention = 1.0
+    with retention(woven, 0.5):  # on top of what the model was saved with
+        assert woven.retention == 1.5
+
+
+def test_scaling_is_the_interpolation_of_weights(make_base, make_peft, perturb, tokens):
+    model = get_method("peft").build(make_base(), make_peft("lora"), IMSMConfig()).eval()
+    perturb(model)
+    with get_method("peft_scaled").dial.apply(model, 0.25):
+        scaled = logits(model, tokens)
+    merged, base = model.merge_and_unload(), make_base()
+    with torch.no_grad():
+        for name, parameter in merged.named_parameters():
+            parameter.copy_(torch.lerp(base.get_parameter(name), parameter, 0.25))
+    assert torch.allclose(logits(merged, tokens), scaled, atol=1e-5)
+
+
+def test_what_cannot_be_built_or_scaled_is_our_error(make_base, make_peft):
+    for name in TRAINED:
+        for bad in (make_peft("lora", target_modules=["nothing"]), make_peft("lora", r=-1)):
+            with pytest.raises(UnsupportedModelError):
+                get_method(name).build(make_base(), bad, IMSMConfig())
+        with pytest.raises(UnsupportedModelError):
+            get_method(name).build(torch.nn.Linear(2, 2), make_peft("lora"), IMSMConfig())
+    ia3 = get_method("peft").build(make_base(), make_peft("ia3"), IMSMConfig())
+    with pytest.raises(UsageError, match="peft_scaled"), get_method("peft_scaled").dial.apply(ia3, 0.5):
+        pass
