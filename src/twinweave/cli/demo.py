@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from ..compare import compare as run_compare
+from ..pocket import demo_recipe
 from ..training import load_recipe
 from .shared import OVERRIDES_HELP, show
 
@@ -20,7 +21,5 @@ def demo(
 
     Example: `twinweave demo --output runs/demo`
     """
-    from ..pocket import demo_recipe
-
     checked = load_recipe(demo_recipe(), [f"output={output}", *(overrides or [])])
     show(run_compare(checked), checked.output_dir)

@@ -4,9 +4,14 @@ from pathlib import Path
 
 from twinweave.pocket.tasks import TASKS, names, retained_tasks, rows
 
-__all__ = ["TASKS", "base_dir", "names", "retained_tasks", "rows"]
+__all__ = ["TASKS", "base_dir", "demo_recipe", "names", "retained_tasks", "rows"]
 
 
 def base_dir() -> Path:
     """The shipped base model: an ordinary Hugging Face directory with model and tokenizer."""
     return Path(__file__).parent / "base"
+
+
+def demo_recipe() -> Path:
+    """The recipe that `twinweave demo` runs."""
+    return Path(__file__).parent / "demo.yaml"
