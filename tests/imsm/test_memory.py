@@ -205,3 +205,10 @@ def test_a_copy_of_a_pair_is_a_pair_of_its_own():
     again.reorder_cache(torch.tensor([2, 1, 0]))
     check(cache, values)
     check(again, values.flip(0))
+
+
+def test_a_cache_that_streams_from_the_host_can_be_paired():
+    cache = DynamicCache(offloading=True)  # holds a torch.Stream, which cannot be copied
+    twin = pair_with_empty_copy(cache)
+    assert twin.original is not cache
+    assert twin.original.prefetch_stream is twin.prefetch_stream

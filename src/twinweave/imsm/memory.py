@@ -162,7 +162,8 @@ def pair(cache: Cache, original: Cache) -> TwinCache:
 
 def pair_with_empty_copy(cache: Cache) -> TwinCache:
     """Pair an empty cache with a copy of itself."""
-    return pair(cache, copy.deepcopy(cache))
+    shared = {id(value): value for value in vars(cache).values() if isinstance(value, torch.Stream)}  # not copyable
+    return pair(cache, copy.deepcopy(cache, shared))
 
 
 def is_empty(cache: Any) -> bool:
