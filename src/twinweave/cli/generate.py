@@ -32,7 +32,7 @@ def generate(
 ) -> None:
     """Ask a trained model.
 
-    Example: `twinweave generate runs/reverse "reverse: red green blue" --lens`
+    Example: `twinweave generate runs/reverse "Reverse the words board moon kite." --lens`
     """
     model, tokenizer, recipe = open_run(run, base)
     window = load_window(recipe.base)
