@@ -12,7 +12,6 @@ Pair = tuple[str, str]
 
 COPY = "Copy the words {list}."
 PICK = "Name the {place} of the words {list}."
-FOLLOW = "Which word follows {word} in the words {list}?"
 LETTER = "Which letter is {distance} {side} {letter}?"
 SUM = "What is {a} plus {b}?"
 REVERSE = "Reverse the words {list}."
@@ -21,7 +20,7 @@ SORT = "Sort the letters {list}."
 ORDINALS = ("first", "second", "third")
 SIDES = {"after": 1, "before": -1}
 DISTANCES = (1, 2, 3)
-TEMPLATES = (COPY, PICK, FOLLOW, LETTER, SUM, REVERSE, SHIFT, SORT, *ORDINALS, *SIDES)
+TEMPLATES = (COPY, PICK, LETTER, SUM, REVERSE, SHIFT, SORT, *ORDINALS, *SIDES)
 
 
 def copy(rng: random.Random) -> Pair:
@@ -35,13 +34,6 @@ def pick(rng: random.Random) -> Pair:
     chosen = rng.sample(WORDS, 3)
     place = rng.randrange(3)
     return PICK.format(place=ORDINALS[place], list=" ".join(chosen)), chosen[place]
-
-
-def follow(rng: random.Random) -> Pair:
-    """The word that comes after a given one."""
-    chosen = rng.sample(WORDS, 4)
-    place = rng.randrange(3)
-    return FOLLOW.format(word=chosen[place], list=" ".join(chosen)), chosen[place + 1]
 
 
 def all_letters() -> list[Pair]:
@@ -83,5 +75,5 @@ def sort(rng: random.Random) -> Pair:
 
 
 # Known to the base, and without end: told apart from the targets, which the base has never seen.
-KNOWN_SKILLS: dict[str, Callable[[random.Random], Pair]] = {"copy": copy, "pick": pick, "follow": follow}
+KNOWN_SKILLS: dict[str, Callable[[random.Random], Pair]] = {"copy": copy, "pick": pick}
 NEW_SKILLS: dict[str, Callable[[random.Random], Pair]] = {"reverse": reverse, "shift": shift, "sort": sort}
