@@ -18,6 +18,8 @@ def test_lora_learns_the_target(target: str, tmp_path: Path) -> None:
         demo_recipe(), [f"train.data=pocket:{target}/train", "method=peft", "retained=[]", f"output={tmp_path / 'run'}"]
     ).model_copy(update={"target": load_recipe({"base": "pocket", "train": "x", "target": task}).target})
     recipe.training.epochs = EPOCHS[target]
+    if target == "newcomers":  # a fact that is held out cannot be known, so the best model is the one of the last step
+        recipe.train.validation = "pocket:newcomers/train"
     results = train(recipe)
     assert results["base"]["target_score"] <= 0.2
     assert results["runs"][0]["target_score"] >= 0.9
