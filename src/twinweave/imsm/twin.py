@@ -103,6 +103,14 @@ def prepare_cache(kwargs: dict[str, Any]) -> None:
     pair_with_empty_copy(cache)
 
 
+def frozen_pass(
+    decoder: nn.Module, run: Callable[..., Any], layers: list[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """The original memory of the given inputs: the decoder's output on the frozen weights, as a constant."""
+    with torch.no_grad(), adapters_off(layers), dropout_off(decoder):
+        return run(*args, **kwargs)
+
+
 def weave(
     decoder: nn.Module,
     run: Callable[..., Any],
@@ -122,9 +130,7 @@ def weave(
     cache = kwargs.get("past_key_values")
     twin = cache if isinstance(cache, TwinCache) else None
     frozen_kwargs = dict(kwargs, past_key_values=twin.original) if twin is not None else kwargs
-    with torch.no_grad(), adapters_off(layers), dropout_off(decoder):
-        frozen = run(*args, **frozen_kwargs)
-
+    frozen = frozen_pass(decoder, run, layers, args, frozen_kwargs)
     if twin is None:
         twin = _pair_outputs(output, frozen)
     enhanced, original = output[0], frozen[0]
