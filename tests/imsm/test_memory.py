@@ -9,15 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from twinweave.imsm.memory import (
-    TwinCache,
-    ends_of_labels,
-    extend,
-    is_empty,
-    pair,
-    pair_with_empty_copy,
-    query_mean,
-)
+from twinweave.imsm.cache import TwinCache, is_empty, pair, pair_with_empty_copy
+from twinweave.imsm.memory import ends_of_labels, extend, query_mean
 
 K = 3
 

@@ -1,18 +1,15 @@
-"""What the gate reads of the query, and what has to be remembered between two calls of a generation.
+"""What the gate reads of the query, and what of it has to be remembered between two calls of a generation.
 
-Knows nothing about gates or adapters: it averages features over positions, and keeps two caches in step.
+Knows nothing about gates, adapters or caches: it averages features over positions.
 
 The query memory at position t is the mean over the query's tokens at positions ≤ t, padding excluded. At and after the
 end of the query this is the paper's fixed q; before it, it is a running mean, so that no position sees a later one.
 """
 
-import copy
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import Cache
 
 
 @dataclass
@@ -27,22 +24,52 @@ class QueryState:
     attended: Tensor  # bool [B, columns]: no padding
     asked: Tensor  # bool [B, columns]: part of what the caller calls the query
     masked: bool = False  # somebody said which tokens are the query: tokens of which nothing is said are not
+    mean: Tensor | None = None  # [B, 1, k]: the mean over the whole query, where `settle` was called
+    _settled_by: object = None
+    _answer: list[Tensor] = field(default_factory=list)  # features behind the query, joined when they are needed
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.features.shape[0]
 
     @property
     def columns(self) -> int:
         """How many columns have been seen, padding included."""
-        return self.features.shape[1]
+        return self.features.shape[1] + sum(features.shape[1] for features in self._answer)
 
     def select(self, rows: Tensor) -> None:
         """Keep the given rows, in the given order (beam search, batch selection)."""
+        self.join()
         rows = rows.to(self.features.device)
         self.features, self.attended, self.asked = self.features[rows], self.attended[rows], self.asked[rows]
+        self.mean = self.mean[rows] if self.mean is not None else None
 
     def crop(self, columns: int) -> None:
-        """Forget the last `columns` columns."""
+        """Forget the last `columns` columns. `mean` stays: it is what was said of a query that is over."""
+        self.join()
         keep = self.columns - columns
         self.features, self.attended = self.features[:, :keep], self.attended[:, :keep]
         self.asked = self.asked[:, :keep]
+
+    def settle(self, mean: Tensor, by: object) -> None:
+        """The query is over, its mean is `mean` [B, 1, k]: `by` (a call) need not compute it again."""
+        self.mean, self._settled_by = mean, by
+
+    def answer(self, features: Tensor, by: object) -> Tensor | None:
+        """The settled mean [B, 1, k] for one more chunk [B, T, k] behind the query; None if `by` settled nothing."""
+        if self.mean is None or self._settled_by is not by:
+            return None
+        self._answer.append(features)
+        return self.mean
+
+    def join(self) -> None:
+        """Put the chunks of the answer behind the rest, as `extend` does with chunks of which nothing is said."""
+        if self._answer:
+            self.features = torch.cat((self.features, *self._answer), dim=1)
+            self._answer.clear()
+            self.attended = _grown(self.attended, self.columns, True)
+            self.asked = _grown(self.asked, self.columns, not self.masked)
 
 
 def ends_of_labels(labels: Tensor, attended: Tensor, anything_before: Tensor | None = None) -> Tensor:
@@ -74,6 +101,7 @@ def extend(
     if state is None:
         nothing = torch.zeros(features.shape[0], 0, dtype=torch.bool, device=features.device)
         state = QueryState(features[:, :0], nothing, nothing)
+    state.join()
     masked = state.masked or asked is not None
     length = features.shape[1]
     return QueryState(
@@ -86,8 +114,12 @@ def extend(
 
 def _joined(before: Tensor, said: Tensor | None, length: int, default: bool) -> Tensor:
     if said is None:
-        said = before.new_full((before.shape[0], length), default)
+        return _grown(before, before.shape[1] + length, default)
     return said if said.shape[1] == before.shape[1] + length else torch.cat((before, said), dim=1)
+
+
+def _grown(mask: Tensor, columns: int, value: bool) -> Tensor:
+    return torch.nn.functional.pad(mask, (0, columns - mask.shape[1]), value=value)
 
 
 def query_mean(state: QueryState, ends: Tensor) -> Tensor:
@@ -102,70 +134,3 @@ def query_mean(state: QueryState, ends: Tensor) -> Tensor:
     counts = torch.nn.functional.pad(included.cumsum(1), (1, 0))
     total = sums.gather(1, ends.unsqueeze(-1).expand(-1, -1, sums.shape[-1]))
     return total / counts.gather(1, ends).unsqueeze(-1).clamp(min=1)
-
-
-class TwinCache(Cache):
-    """A cache of the enhanced memory that carries the original memory's cache and the query with it.
-
-    Any Cache object becomes one in place (see `pair`), so that whoever made it keeps handing it on without knowing.
-    Every operation on its rows or columns is applied to both memories.
-    """
-
-    original: Cache
-    query: QueryState | None
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Beam search: row i continues from row beam_idx[i]."""
-        super().reorder_cache(beam_idx)
-        self.original.reorder_cache(beam_idx)
-        if self.query is not None:
-            self.query.select(beam_idx)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row `repeats` times."""
-        super().batch_repeat_interleave(repeats)
-        self.original.batch_repeat_interleave(repeats)
-        if self.query is not None:
-            self.query.select(torch.arange(self.query.features.shape[0]).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only the given rows."""
-        super().batch_select_indices(indices)
-        self.original.batch_select_indices(indices)
-        if self.query is not None:
-            self.query.select(indices)
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last tokens (transformers counts them negatively)."""
-        before = self.get_seq_length()
-        super().crop(tokens_to_remove)
-        self.original.crop(tokens_to_remove)
-        if self.query is not None:
-            self.query.crop(before - self.get_seq_length())
-
-    def reset(self) -> None:
-        """Forget everything; the memory stays allocated."""
-        super().reset()
-        self.original.reset()
-        self.query = None
-
-
-def pair(cache: Cache, original: Cache) -> TwinCache:
-    """Turn `cache` (the enhanced memory's) into a TwinCache that carries `original`. The same object is returned."""
-    kind = type(cache)
-    # A subclass made on the spot keeps every isinstance check and every method of the cache's own class.
-    cache.__class__ = type(f"Twin{kind.__name__}", (TwinCache, kind), {})
-    twin = cast(TwinCache, cache)
-    twin.original, twin.query = original, None
-    return twin
-
-
-def pair_with_empty_copy(cache: Cache) -> TwinCache:
-    """Pair an empty cache with a copy of itself."""
-    shared = {id(value): value for value in vars(cache).values() if isinstance(value, torch.Stream)}  # not copyable
-    return pair(cache, copy.deepcopy(cache, shared))
-
-
-def is_empty(cache: Any) -> bool:
-    """Whether nothing has been written into the cache yet."""
-    return int(cache.get_seq_length()) == 0

@@ -16,11 +16,13 @@ from transformers import Cache, PreTrainedModel
 from ..errors import UnsupportedModelError, UsageError, unknown_name
 from ..fingerprint import fingerprint
 from . import saving
+from .adapters import adapters_off
+from .cache import TwinCache
 from .checks import adapted_behind, check_adapter, check_base, misfit, take_adapter_out
 from .config import IMSMConfig
 from .gate import MemoryGate
-from .memory import TwinCache
-from .twin import Call, adapter_layers, adapters_off, prepare_cache, weave
+from .twin import Plan, Twin
+from .weave import Call, weave, with_last_hidden_state
 
 Memory = Literal["original", "enhanced", "interwoven"]
 
@@ -82,6 +84,7 @@ class IMSMModel(PeftModelForCausalLM):
         self.retention = float(imsm_config.retention)
         width = getattr(head, "in_features", None) or head.weight.shape[-1]
         self.gate = MemoryGate(width, imsm_config).to(head.weight.device)
+        self._twin = Twin(decoder)
         self._memory: Memory = "interwoven"
         self._call = Call()
         self._hooks = (
@@ -93,8 +96,10 @@ class IMSMModel(PeftModelForCausalLM):
 
     def _before_decoder(self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._memory == "interwoven":
-            prepare_cache(kwargs)
-        elif isinstance(kwargs.get("past_key_values"), TwinCache):
+            self._twin.begin(args, kwargs)
+            return
+        self._twin.idle()
+        if isinstance(kwargs.get("past_key_values"), TwinCache):
             raise UsageError(
                 f"This cache holds both memories and cannot be continued with use_memory('{self._memory}'). "
                 "Start that memory with a cache of its own."
@@ -105,8 +110,9 @@ class IMSMModel(PeftModelForCausalLM):
     ) -> Any:
         if self._memory != "interwoven":
             return output
-        layers = adapter_layers(self.base_model)
-        return weave(decoder, decoder.forward, self.gate, layers, self._call, self.retention, args, kwargs, output)
+        original, enhanced, cache = self._twin.memories(args, kwargs, output)
+        fused = weave(self.gate, original, enhanced, cache, self._call, self.retention, kwargs)
+        return with_last_hidden_state(output, fused)
 
     @contextmanager
     def _calling(self, call: Call) -> Iterator[Call]:
@@ -127,7 +133,7 @@ class IMSMModel(PeftModelForCausalLM):
             raise UsageError(unknown_name("memory", str(memory), get_args(Memory)))
         outer, self._memory = self._memory, memory
         # with off=False inside another memory's block, the adapter that it switched off is on again
-        layers = adapter_layers(self.base_model) if "original" in (memory, outer) else []
+        layers = self._twin.layers if "original" in (memory, outer) else []
         try:
             with adapters_off(layers, off=memory == "original"):
                 yield self
@@ -217,8 +223,36 @@ class IMSMModel(PeftModelForCausalLM):
             return None
         return prompt.ne(pad).long()
 
+    @property
+    def plan(self) -> Plan:
+        """How inference runs the two passes: "auto" (the faster form for the size, by measurement), "stacked" (one pass
+        over the rows of both) or "two_pass". The results are the same."""
+        return self._twin.plan
+
+    @plan.setter
+    def plan(self, plan: Plan) -> None:
+        if plan not in get_args(Plan):
+            raise UsageError(unknown_name("plan", str(plan), get_args(Plan)))
+        self._twin.plan = plan
+
+    def _adapters_changed(self) -> None:
+        """The twin knows the adapted layers by heart."""
+        self._twin.remove()
+        self._twin = Twin(self._twin.decoder, self._twin.plan)
+
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's `add_adapter`."""
+        super().add_adapter(*args, **kwargs)
+        self._adapters_changed()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's `delete_adapter`."""
+        super().delete_adapter(adapter_name)
+        self._adapters_changed()
+
     def unload(self) -> PreTrainedModel:
         """The base model alone again, without adapter, gate and weave; this model is of no use afterwards."""
+        self._twin.remove()
         for hook in self._hooks:
             hook.remove()
         tuner: Any = self.base_model

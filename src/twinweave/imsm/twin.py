@@ -1,80 +1,253 @@
-"""One model run as twins: the frozen pass beside the tuned one, at the decoder's boundary.
+"""One decoder run as twins: both memories of the same tokens, with one set of weights.
 
-Knows nothing about PEFT's classes of models, saving or the gate's equations. The head, the loss and `generate` never
-learn that there are two memories: they see one last hidden state.
+Knows nothing about the gate or the query: it hands over two last hidden states. There are two forms, with the same
+results (`docs/performance.md` has the measurements):
 
-This is the sequential form: the tuned pass as the model runs it, then the frozen pass over the same inputs.
+- two passes: the tuned pass as the model runs it, then the frozen one over the same inputs, without the adapter. For
+  training, and for many rows on a CPU. Below the first adapted block (the shared trunk) the frozen pass has nothing
+  to compute: the tuned one's states are the same.
+- stacked (`stacked.py`): one pass over [frozen; tuned] rows, which reads the base's weights once. For decoding.
 """
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from transformers import Cache
+from transformers import Cache, DynamicCache
 
 from ..errors import UsageError
-from .gate import MemoryGate
-from .memory import TwinCache, ends_of_labels, extend, is_empty, pair, pair_with_empty_copy, query_mean
+from .adapters import adapter_layers, adapters_off
+from .cache import PairedCache, StackedCache, TwinCache, is_allocated, is_empty, pair, pair_with_empty_copy, stack
+from .stacked import StackedPass, tuned_half
+
+logger = logging.getLogger(__name__)
+
+Plan = Literal["auto", "stacked", "two_pass"]
+
+CPU_ROWS = 4
+"""On a CPU, the most rows of a generation for which one stacked pass beats two passes (benchmarks/crossover.py)."""
 
 
-@dataclass
-class Call:
-    """What one call of `forward` or `generate` says about its tokens, and what the weave reports back.
+class Twin:
+    """The two passes of one decoder.
 
-    Masks are [B, columns]; `prompt_columns` is set by `generate` only: the query ends at that column.
+    `plan` is how inference runs them: "auto" stacks where it was measured to be faster. Calls with gradients, without a
+    cache or in training mode take two passes whatever the plan, and a cache is continued in the form it was begun in.
     """
 
-    attention_mask: Tensor | None = None
-    query_mask: Tensor | None = None
-    labels: Tensor | None = None
-    prompt_columns: int | None = None
-    keep_gate: bool = False
-    gate: Tensor | None = None  # [B, T, d], filled in when keep_gate is set
+    def __init__(self, decoder: nn.Module, plan: Plan = "auto") -> None:
+        self.plan: Plan = plan
+        self.decoder = decoder
+        self.layers = adapter_layers(decoder)
+        blocks = _blocks_of(decoder)
+        self._trunk = _first_adapted(blocks, self.layers)
+        self._blocks = blocks
+        self._stacked: StackedPass | None = None
+        self._stackable: bool | None = None  # None: not tried yet
+        self._replayable: bool | None = None
+        self._trunk_output: Any = None
+        self._capturing = False
+        if self._trunk:
+            self._hook = blocks[self._trunk - 1].register_forward_hook(self._capture)
 
-    def columns_of(self, mask: Tensor | None, rows: int, first: int, length: int, beyond: bool) -> Tensor | None:
-        """What a mask says of a chunk of `length` columns at column `first`, as bool.
+    @property
+    def trunk(self) -> int:
+        """How many blocks both memories share: those below the first that carries an adapter."""
+        return self._trunk
 
-        [rows, first + length], or [rows, length] where it speaks of the chunk only. `beyond`: what holds for the
-        columns behind the prompt, of which a mask given to `generate` says nothing.
+    def remove(self) -> None:
+        """Take everything off the model."""
+        if self._stacked is not None:
+            self._stacked.remove()
+        if self._trunk:
+            self._hook.remove()
+
+    # --- around the decoder's own run -----------------------------------------------------------------------------
+
+    def idle(self) -> None:
+        """Before a run of the decoder that is not woven."""
+        self._capturing = False
+        self._trunk_output = None
+        if self._stacked is not None:
+            self._stacked.begin(0, 0)
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a woven run: choose its form, and give a fresh cache room for both memories.
+
+        Raises UsageError for a cache that only one memory has written to.
         """
-        if mask is None:
-            return None
-        columns, mask = first + length, mask.bool()
-        if self.prompt_columns is not None:
-            mask = nn.functional.pad(mask, (0, max(columns - mask.shape[1], 0)), value=beyond)
-        elif mask.shape[1] < columns and mask.shape[1] != length:
+        self.idle()
+        cache = kwargs.get("past_key_values")
+        inputs = _inputs(args, kwargs)
+        if isinstance(cache, Cache) and not isinstance(cache, TwinCache) and not is_empty(cache):
             raise UsageError(
-                f"A mask has {mask.shape[1]} columns, but {length} tokens are passed now and {columns} were so far. "
-                "Give it either length."
+                f"The cache passed as past_key_values already holds {cache.get_seq_length()} tokens of one memory "
+                "only. Pass an empty cache, or one returned by this model with both memories in use."
             )
-        # every row of the caller's batch may have become several: beams, num_return_sequences
-        return mask[:, :columns].repeat_interleave(rows // mask.shape[0], dim=0)
+        if self._takes_one_pass(inputs, cache, kwargs):
+            assert inputs is not None
+            if isinstance(cache, Cache) and not isinstance(cache, TwinCache):
+                stack(cache, self._trunk, inputs.shape[0])
+            self._stack().begin(inputs.shape[0], inputs.shape[1])
+        elif isinstance(cache, Cache):
+            if not isinstance(cache, TwinCache):
+                pair_with_empty_copy(cache)
+        else:
+            self._capturing = self._trunk > 0 and self._can_replay()
+
+    def memories(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> tuple[Tensor, Tensor, TwinCache | None]:
+        """After a woven run: the last hidden states of the original and the enhanced memory, [B, T, d], and the cache.
+
+        `output` is the run's (a ModelOutput or tuple whose first entry is the last hidden state). It is left holding
+        the enhanced memory's part of everything.
+        """
+        if self._stacked is not None and self._stacked.rows:
+            return self._unstack(self._stacked.rows, kwargs, output)
+        cache = kwargs.get("past_key_values")
+        cache = cache if isinstance(cache, PairedCache) else None
+        frozen = self.frozen_pass(args, dict(kwargs, past_key_values=cache.original) if cache is not None else kwargs)
+        return frozen[0], output[0], cache if cache is not None else _pair_outputs(output, frozen)
+
+    def frozen_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The decoder's output on the frozen weights, as a constant: no gradient, no dropout.
+
+        Within a woven run without a cache, blocks of the shared trunk give back what they gave in the tuned pass.
+        """
+        trunk = self._blocks[: self._trunk] if self._trunk_output is not None else []
+        replaying = _replaying(trunk, self._trunk_output)
+        self._capturing, self._trunk_output = False, None
+        with torch.no_grad(), adapters_off(self.layers), dropout_off(self.decoder), replaying:
+            return self.decoder.forward(*args, **kwargs)
+
+    # --- the choice -----------------------------------------------------------------------------------------------
+
+    def _takes_one_pass(self, inputs: Tensor | None, cache: Any, kwargs: dict[str, Any]) -> bool:
+        if isinstance(cache, TwinCache):
+            return isinstance(cache, StackedCache)
+        if self.plan == "two_pass" or inputs is None or torch.is_grad_enabled() or self.decoder.training:
+            return False
+        if cache is None and not kwargs.get("use_cache"):
+            return self.plan == "stacked" and self._can_stack()
+        if cache is not None and (not isinstance(cache, Cache) or is_allocated(cache)):
+            return False
+        return (self.plan == "stacked" or self._pays(inputs)) and self._can_stack()
+
+    def _pays(self, inputs: Tensor) -> bool:
+        """Whether one pass is faster. An accelerator waits for weights at any batch of a generation; a CPU soon waits
+        for arithmetic, of which a shared trunk saves more than the passes differ by."""
+        return inputs.device.type != "cpu" or inputs.shape[0] <= CPU_ROWS or 4 * self._trunk >= len(self._blocks)
+
+    def _can_stack(self) -> bool:
+        """Whether one pass gives what two passes give on this model; tried once, on a few tokens."""
+        if self._stackable is None:
+            self._stackable = False  # while it is tried
+            if self._trunk < len(self._blocks):
+                self._stackable = same_memories(self, self._stacked_states)
+            if not self._stackable:
+                if self._stacked is not None:
+                    self._stacked.remove()
+                    self._stacked = None
+                if self.plan == "stacked":
+                    warnings.warn(
+                        f"{type(self.decoder).__name__} with this adapter cannot be run as one stacked pass; it takes "
+                        "two passes, with the same results.",
+                        stacklevel=2,
+                    )
+        return self._stackable
+
+    def _can_replay(self) -> bool:
+        """Whether the frozen pass may leave the shared trunk out on this model; tried once, on a few tokens."""
+        if self._replayable is None:
+            self._replayable = False
+            self._replayable = same_memories(self, self._replayed_states)
+        return self._replayable
+
+    def _stacked_states(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        self._stack().begin(*inputs["input_ids"].shape)
+        output = self.decoder.forward(**inputs)
+        self.idle()
+        original, enhanced = output[0].chunk(2)
+        return original, enhanced
+
+    def _replayed_states(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        inputs = inputs | {"past_key_values": None, "use_cache": False}
+        self._capturing = True
+        enhanced = self.decoder.forward(**inputs)[0]
+        return self.frozen_pass((), inputs)[0], enhanced
+
+    # --- the passes -----------------------------------------------------------------------------------------------
+
+    def _stack(self) -> StackedPass:
+        if self._stacked is None:
+            self._stacked = StackedPass(self._blocks, self._trunk, self.layers)
+        return self._stacked
+
+    def _unstack(self, rows: int, kwargs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor, TwinCache | None]:
+        self.idle()
+        cache = kwargs.get("past_key_values")
+        if cache is None:
+            cache = getattr(output, "past_key_values", None)  # the decoder made it for itself
+        if isinstance(cache, Cache) and not isinstance(cache, TwinCache):
+            stack(cache, self._trunk, rows)
+        original, enhanced = output[0][:rows], output[0][rows:]
+        for name in ("hidden_states", "attentions"):
+            if getattr(output, name, None) is not None:
+                setattr(output, name, tuned_half(getattr(output, name), rows))
+        return original, enhanced, cache if isinstance(cache, TwinCache) else None
+
+    def _capture(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if self._capturing:
+            self._trunk_output = output
 
 
-def adapter_layers(model: nn.Module) -> list[nn.Module]:
-    """Every layer of `model` that PEFT can switch off."""
-    return [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+@torch.compiler.disable
+def same_memories(twin: Twin, run: Callable[[dict[str, Any]], tuple[Tensor, Tensor]]) -> bool:
+    """Whether `run` gives the states [B, T, d] of both memories that two plain passes give.
 
-
-@contextmanager
-def adapters_off(layers: list[nn.Module], off: bool = True) -> Iterator[None]:
-    """Run the block on the frozen weights, or, with off=False, on the adapted ones.
-
-    Flips the layers' own flag instead of PEFT's enable/disable, which also resets `requires_grad` of every adapter.
+    Tried with a prompt, of which one row is padded, and a token behind it. The adapter may not have learned anything
+    yet, so every adapted layer's output is doubled for the trial: rows that take a wrong turn then show.
     """
-    before = [layer._disable_adapters for layer in layers]
+    decoder: Any = twin.decoder
+    device = next(decoder.parameters()).device
+    prompt = torch.tensor([[1, 2, 3], [3, 1, 2]], device=device)
+    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]], device=device)
+    marks = [layer.register_forward_hook(_twice_if_on, prepend=True) for layer in twin.layers]
     try:
-        for layer in layers:
-            layer._disable_adapters = off  # type: ignore[assignment]
-        yield
+        with torch.no_grad(), dropout_off(decoder):
+            caches = [DynamicCache(config=decoder.config) for _ in range(3)]
+            for ids, attended in ((prompt, mask[:, :3]), (prompt[:, -1:], mask)):
+                inputs = {"input_ids": ids, "attention_mask": attended, "use_cache": True}
+                enhanced = decoder.forward(**inputs, past_key_values=caches[0])[0]
+                with adapters_off(twin.layers):
+                    original = decoder.forward(**inputs, past_key_values=caches[1])[0]
+                if not _agree(run(inputs | {"past_key_values": caches[2]}), (original, enhanced), attended):
+                    return False
+        return True
+    except Exception as error:  # whatever a model does that we did not foresee
+        logger.info("%s is run in two plain passes: %s", type(decoder).__name__, error)
+        return False
     finally:
-        for layer, was_disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = was_disabled
+        twin.idle()
+        for mark in marks:
+            mark.remove()
+
+
+def _twice_if_on(layer: Any, args: tuple[Any, ...], output: Any) -> Any:
+    return output if layer.disable_adapters else output * 2
+
+
+def _agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], attended: Tensor) -> bool:
+    """Whether each memory is found much nearer to itself than the two are to each other."""
+    kept = attended[:, -found[0].shape[1] :].bool()
+    pairs = [(f[kept].float(), e[kept].float()) for f, e in zip(found, expected, strict=True)]
+    apart = (pairs[0][1] - pairs[1][1]).norm()
+    return all(bool((f - e).norm() <= 0.1 * apart) for f, e in pairs)
 
 
 @contextmanager
@@ -90,88 +263,42 @@ def dropout_off(module: nn.Module) -> Iterator[None]:
             m.training = True
 
 
-def prepare_cache(kwargs: dict[str, Any]) -> None:
-    """Before the tuned pass: give a fresh cache its twin; refuse one that only one memory has written to."""
-    cache = kwargs.get("past_key_values")
-    if not isinstance(cache, Cache) or isinstance(cache, TwinCache):
-        return
-    if not is_empty(cache):
-        raise UsageError(
-            f"The cache passed as past_key_values already holds {cache.get_seq_length()} tokens of one memory only. "
-            "Pass an empty cache, or one returned by this model with both memories in use."
-        )
-    pair_with_empty_copy(cache)
+@contextmanager
+def _replaying(blocks: Any, output: Any) -> Iterator[None]:
+    """Within the block, each of `blocks` gives `output` back instead of computing anything."""
+    own = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block in blocks:
+            block.__dict__["forward"] = lambda *args, **kwargs: output
+        yield
+    finally:
+        for block, forward in zip(blocks, own, strict=True):
+            if forward is None:
+                del block.__dict__["forward"]
+            else:
+                block.__dict__["forward"] = forward
 
 
-def frozen_pass(
-    decoder: nn.Module, run: Callable[..., Any], layers: list[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    """The original memory of the given inputs: the decoder's output on the frozen weights, as a constant."""
-    with torch.no_grad(), adapters_off(layers), dropout_off(decoder):
-        return run(*args, **kwargs)
+def _blocks_of(decoder: Any) -> Any:
+    """The decoder's list of blocks; an empty list where it cannot be told which one that is."""
+    number = getattr(decoder.config, "num_hidden_layers", None)
+    lists = (m for m in decoder.modules() if isinstance(m, nn.ModuleList) and len(m) == number)
+    return next(lists, nn.ModuleList())
 
 
-def weave(
-    decoder: nn.Module,
-    run: Callable[..., Any],
-    gate: MemoryGate,
-    layers: list[nn.Module],
-    call: Call,
-    retention: float,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    output: Any,
-) -> Any:
-    """After the tuned pass: run the frozen one on the same inputs and put the fused state into `output`.
-
-    `run` is the decoder's forward without hooks. `output` (a ModelOutput or tuple whose first entry is the last hidden
-    state [B, T, d]) is the tuned pass's; its cache becomes, or stays, a TwinCache.
-    """
-    cache = kwargs.get("past_key_values")
-    twin = cache if isinstance(cache, TwinCache) else None
-    frozen_kwargs = dict(kwargs, past_key_values=twin.original) if twin is not None else kwargs
-    frozen = frozen_pass(decoder, run, layers, args, frozen_kwargs)
-    if twin is None:
-        twin = _pair_outputs(output, frozen)
-    enhanced, original = output[0], frozen[0]
-    query = _query_projection(gate, original, enhanced, call, twin, kwargs)
-    fused, share = gate(original, enhanced, query, retention)
-    if call.keep_gate:
-        call.gate = share
-    return _with_last_hidden_state(output, fused)
+def _first_adapted(blocks: Any, layers: list[nn.Module]) -> int:
+    """How many blocks run before the first adapted layer."""
+    inside = {layer: i for i, block in reversed(list(enumerate(blocks))) for layer in adapter_layers(block)}
+    if not layers or any(layer not in inside for layer in layers):
+        return 0  # an adapted embedding, say, changes what the first block gets
+    return min(inside.values())
 
 
-def _query_projection(
-    gate: MemoryGate,
-    original: Tensor,
-    enhanced: Tensor,
-    call: Call,
-    twin: TwinCache | None,
-    kwargs: dict[str, Any],
-) -> Tensor | None:
-    """Each position's projected query memory, [B, T, r]; what it was made of goes into the cache."""
-    if not gate.reads_query:
-        return None
-    rows, length = enhanced.shape[:2]
-    state = twin.query if twin is not None else None
-    first = state.columns if state is not None else 0
-
-    mask = call.attention_mask
-    if mask is None and isinstance(kwargs.get("attention_mask"), Tensor) and kwargs["attention_mask"].ndim == 2:
-        mask = kwargs["attention_mask"]  # a trainer that calls the decoder itself
-    attended = call.columns_of(mask, rows, first, length, beyond=True)
-    asked = call.columns_of(call.query_mask, rows, first, length, beyond=False)
-    state = extend(gate.project_query(original, enhanced), attended, asked, state)
-    if twin is not None:
-        twin.query = state
-
-    ends = torch.arange(first + 1, first + length + 1, device=enhanced.device).expand(rows, -1)
-    if call.prompt_columns is not None:
-        ends = ends.clamp(max=call.prompt_columns)
-    elif call.labels is not None and asked is None:
-        before, now = state.attended[:, :first], state.attended[:, first:]
-        ends = ends_of_labels(call.labels, now, before.any(1)) + first
-    return query_mean(state, ends)
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """What is run: token ids [B, T] or embeddings [B, T, d]."""
+    found = next((kwargs[n] for n in ("input_ids", "inputs_embeds") if kwargs.get(n) is not None), None)
+    found = args[0] if found is None and args else found
+    return found if isinstance(found, Tensor) else None
 
 
 def _pair_outputs(output: Any, frozen: Any) -> TwinCache | None:
@@ -180,12 +307,3 @@ def _pair_outputs(output: Any, frozen: Any) -> TwinCache | None:
     if isinstance(cache, Cache) and isinstance(original, Cache):
         return pair(cache, original)
     return None
-
-
-def _with_last_hidden_state(output: Any, state: Tensor) -> Any:
-    if isinstance(output, tuple):
-        return (state, *output[1:])
-    output.last_hidden_state = state
-    if getattr(output, "hidden_states", None) is not None:
-        output.hidden_states = (*output.hidden_states[:-1], state)
-    return output

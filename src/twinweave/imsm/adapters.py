@@ -1,0 +1,32 @@
+"""What the twin needs of PEFT: which layers are adapted, and how to run without the adapter.
+
+Knows nothing about memories.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+
+def adapter_layers(model: nn.Module) -> list[nn.Module]:
+    """Every layer of `model` that PEFT can switch off."""
+    return [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+
+
+@contextmanager
+def adapters_off(layers: list[nn.Module], off: bool = True) -> Iterator[None]:
+    """Run the block on the frozen weights, or, with off=False, on the adapted ones.
+
+    Flips the layers' own flag instead of PEFT's enable/disable, which also resets `requires_grad` of every adapter.
+    """
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = off  # type: ignore[assignment]
+        yield
+    finally:
+        for layer, was_disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = was_disabled

@@ -1,0 +1,159 @@
+"""One cache object for two memories, whoever made it.
+
+Knows nothing about gates or adapters. A cache becomes a TwinCache in place, by a subclass made on the spot, so that
+`generate` or a user keeps handing on the same object, and every isinstance check and method of its class stays.
+"""
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+from .memory import QueryState
+
+
+class TwinCache(Cache):
+    """A key-value cache of both memories, with what has been seen of the query.
+
+    Every operation on its rows or columns is applied to both memories and to the query.
+    """
+
+    query: QueryState | None
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Beam search: row i continues from row beam_idx[i]."""
+        self._reorder(beam_idx)
+        if self.query is not None:
+            self.query.select(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row `repeats` times."""
+        self._repeat(repeats)
+        if self.query is not None:
+            self.query.select(torch.arange(self.query.rows).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the given rows."""
+        self._select(indices)
+        if self.query is not None:
+            self.query.select(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last tokens (transformers counts them negatively)."""
+        before = self.get_seq_length()
+        self._crop(tokens_to_remove)
+        if self.query is not None:
+            self.query.crop(before - self.get_seq_length())
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays allocated."""
+        super().reset()
+        self.query = None
+
+    def _reorder(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+
+    def _repeat(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+
+    def _select(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+
+    def _crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+
+
+class PairedCache(TwinCache):
+    """Two passes: the cache of the enhanced memory, which carries the original memory's with it."""
+
+    original: Cache
+
+    def reset(self) -> None:
+        """Forget everything; the memory stays allocated."""
+        super().reset()
+        self.original.reset()
+
+    def _reorder(self, beam_idx: torch.LongTensor) -> None:
+        super()._reorder(beam_idx)
+        self.original.reorder_cache(beam_idx)
+
+    def _repeat(self, repeats: int) -> None:
+        super()._repeat(repeats)
+        self.original.batch_repeat_interleave(repeats)
+
+    def _select(self, indices: Tensor) -> None:
+        super()._select(indices)
+        self.original.batch_select_indices(indices)
+
+    def _crop(self, tokens_to_remove: int) -> None:
+        super()._crop(tokens_to_remove)
+        self.original.crop(tokens_to_remove)
+
+
+class StackedCache(TwinCache):
+    """One pass: layers of the shared trunk hold B rows, the others 2·B rows, [frozen; tuned]."""
+
+    trunk: int
+    rows: int
+
+    @property
+    def batch_size(self) -> int:
+        """The rows of whoever uses the cache, B."""
+        return self.rows
+
+    def _reorder(self, beam_idx: torch.LongTensor) -> None:
+        for layer, rows in self._rows_by_layer(beam_idx):
+            layer.reorder_cache(rows)
+        self.rows = len(beam_idx)
+
+    def _repeat(self, repeats: int) -> None:
+        super()._repeat(repeats)
+        self.rows *= repeats
+
+    def _select(self, indices: Tensor) -> None:
+        indices = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
+        for layer, rows in self._rows_by_layer(indices):
+            layer.batch_select_indices(rows)
+        self.rows = len(indices)
+
+    def _rows_by_layer(self, rows: Tensor) -> list[tuple[Any, Tensor]]:
+        both = torch.cat((rows, rows + self.rows))
+        return [(layer, rows if i < self.trunk else both) for i, layer in enumerate(self.layers)]
+
+
+def pair(cache: Cache, original: Cache) -> PairedCache:
+    """Turn `cache` (the enhanced memory's) into a PairedCache that carries `original`. The same object is returned."""
+    twin = cast(PairedCache, _become(cache, PairedCache))
+    twin.original, twin.query = original, None
+    return twin
+
+
+def pair_with_empty_copy(cache: Cache) -> PairedCache:
+    """Pair an empty cache with a copy of itself."""
+    shared = {id(value): value for value in vars(cache).values() if isinstance(value, torch.Stream)}  # not copyable
+    return pair(cache, copy.deepcopy(cache, shared))
+
+
+def stack(cache: Cache, trunk: int, rows: int) -> StackedCache:
+    """Turn `cache`, in which both memories of `rows` rows are or will be, into a StackedCache. The same object."""
+    twin = cast(StackedCache, _become(cache, StackedCache))
+    twin.trunk, twin.rows, twin.query = trunk, rows, None
+    return twin
+
+
+def is_empty(cache: Any) -> bool:
+    """Whether nothing has been written into the cache yet."""
+    return int(cache.get_seq_length()) == 0
+
+
+def is_allocated(cache: Cache) -> bool:
+    """Whether the cache has memory for a number of rows already."""
+    return any(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", ()))
+
+
+def _become(cache: Cache, form: type[TwinCache]) -> TwinCache:
+    kind = type(cache)
+    cache.__class__ = type(f"{form.__name__.removesuffix('Cache')}{kind.__name__}", (form, kind), {})
+    return cast(TwinCache, cache)
