@@ -21,14 +21,26 @@ MODES = {
 LENGTHS = (4, 9, 7)
 
 
+NAMES = ("llama", "gpt2", "gemma3", "mistral", "gemma3 above a trunk")
+
+
 @pytest.fixture(scope="module")
 def models(make_imsm):
-    return {arch: make_imsm(arch) for arch in ("llama", "gpt2", "gemma3", "mistral")}
+    models = {arch: make_imsm(arch) for arch in NAMES[:4]}
+    return models | {NAMES[4]: make_imsm("gemma3", peft_changes={"layers_to_transform": [1]})}
 
 
-@pytest.fixture(params=["llama", "gpt2", "gemma3", "mistral"])
-def model(request, models):
-    return models[request.param]
+@pytest.fixture(params=["stacked", "two_pass"])
+def plan(request):
+    return request.param
+
+
+@pytest.fixture(params=NAMES)
+def model(request, plan, models):
+    model = models[request.param]
+    model.plan = plan
+    yield model
+    model.plan = "auto"
 
 
 @pytest.fixture
@@ -51,7 +63,9 @@ def generate(model, ids, mode="greedy", **options):
 @pytest.mark.parametrize("mode", MODES)
 def test_cached_equals_uncached(model, mode, tokens):
     ids = tokens(2, 8)
-    assert torch.equal(generate(model, ids, mode), generate(model, ids, mode, use_cache=False))
+    cached = generate(model, ids, mode)
+    model.plan = "two_pass"
+    assert torch.equal(cached, generate(model, ids, mode, use_cache=False))
 
 
 @pytest.mark.parametrize("mode", ["greedy", "beams", "beams, 3 returned"])

@@ -5,6 +5,7 @@ Knows nothing about gates or adapters. A cache becomes a TwinCache in place, by 
 """
 
 import copy
+import functools
 from typing import Any, cast
 
 import torch
@@ -154,6 +155,10 @@ def is_allocated(cache: Cache) -> bool:
 
 
 def _become(cache: Cache, form: type[TwinCache]) -> TwinCache:
-    kind = type(cache)
-    cache.__class__ = type(f"{form.__name__.removesuffix('Cache')}{kind.__name__}", (form, kind), {})
+    cache.__class__ = _class_of(form, type(cache))  # type: ignore[arg-type]
     return cast(TwinCache, cache)
+
+
+@functools.cache  # torch.compile compiles anew for every class it meets
+def _class_of(form: type[TwinCache], kind: type[Cache]) -> type[TwinCache]:
+    return type(f"{form.__name__.removesuffix('Cache')}{kind.__name__}", (form, kind), {})

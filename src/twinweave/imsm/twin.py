@@ -9,6 +9,7 @@ results (`docs/performance.md` has the measurements):
 - stacked (`stacked.py`): one pass over [frozen; tuned] rows, which reads the base's weights once. For decoding.
 """
 
+import copy
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -97,7 +98,7 @@ class Twin:
             if not isinstance(cache, TwinCache):
                 pair_with_empty_copy(cache)
         else:
-            self._capturing = self._trunk > 0 and self._can_replay()
+            self._capturing = self._trunk > 0 and not self._drops_below_the_fork() and self._can_replay()
 
     def memories(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -111,8 +112,9 @@ class Twin:
             return self._unstack(self._stacked.rows, kwargs, output)
         cache = kwargs.get("past_key_values")
         cache = cache if isinstance(cache, PairedCache) else None
+        shared = self._trunk if self._trunk_output is not None else 0
         frozen = self.frozen_pass(args, dict(kwargs, past_key_values=cache.original) if cache is not None else kwargs)
-        return frozen[0], output[0], cache if cache is not None else _pair_outputs(output, frozen)
+        return frozen[0], output[0], cache if cache is not None else _pair_outputs(output, frozen, shared)
 
     def frozen_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The decoder's output on the frozen weights, as a constant: no gradient, no dropout.
@@ -165,8 +167,15 @@ class Twin:
         """Whether the frozen pass may leave the shared trunk out on this model; tried once, on a few tokens."""
         if self._replayable is None:
             self._replayable = False
-            self._replayable = same_memories(self, self._replayed_states)
+            self._replayable = same_memories(self, self._replayed_states, tokens=0)
         return self._replayable
+
+    def _drops_below_the_fork(self) -> bool:
+        """Whether the tuned pass, in training mode, drops states of the trunk: the frozen pass never does."""
+        settings = self.decoder.config.to_dict()  # type: ignore[union-attr, operator]
+        return self.decoder.training and any(
+            "drop" in name and isinstance(value, float) and value > 0 for name, value in settings.items()
+        )
 
     def _stacked_states(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         self._stack().begin(*inputs["input_ids"].shape)
@@ -176,7 +185,7 @@ class Twin:
         return original, enhanced
 
     def _replayed_states(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        inputs = inputs | {"past_key_values": None, "use_cache": False}
+        inputs = inputs | {"past_key_values": None}
         self._capturing = True
         enhanced = self.decoder.forward(**inputs)[0]
         return self.frozen_pass((), inputs)[0], enhanced
@@ -207,11 +216,11 @@ class Twin:
 
 
 @torch.compiler.disable
-def same_memories(twin: Twin, run: Callable[[dict[str, Any]], tuple[Tensor, Tensor]]) -> bool:
+def same_memories(twin: Twin, run: Callable[[dict[str, Any]], tuple[Tensor, Tensor]], tokens: int = 1) -> bool:
     """Whether `run` gives the states [B, T, d] of both memories that two plain passes give.
 
-    Tried with a prompt, of which one row is padded, and a token behind it. The adapter may not have learned anything
-    yet, so every adapted layer's output is doubled for the trial: rows that take a wrong turn then show.
+    Tried with a prompt, of which one row is padded, and `tokens` (0 or 1) behind it. The adapter may not have learned
+    anything yet, so every adapted layer's output is doubled for the trial: rows that take a wrong turn then show.
     """
     decoder: Any = twin.decoder
     device = next(decoder.parameters()).device
@@ -221,7 +230,7 @@ def same_memories(twin: Twin, run: Callable[[dict[str, Any]], tuple[Tensor, Tens
     try:
         with torch.no_grad(), dropout_off(decoder):
             caches = [DynamicCache(config=decoder.config) for _ in range(3)]
-            for ids, attended in ((prompt, mask[:, :3]), (prompt[:, -1:], mask)):
+            for ids, attended in ((prompt, mask[:, :3]), (prompt[:, -1:], mask))[: 1 + tokens]:
                 inputs = {"input_ids": ids, "attention_mask": attended, "use_cache": True}
                 enhanced = decoder.forward(**inputs, past_key_values=caches[0])[0]
                 with adapters_off(twin.layers):
@@ -301,9 +310,13 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _pair_outputs(output: Any, frozen: Any) -> TwinCache | None:
-    """Join the caches that the two passes made for themselves (a call with use_cache and no cache)."""
+def _pair_outputs(output: Any, frozen: Any, shared: int) -> TwinCache | None:
+    """Join the caches that the two passes made for themselves (a call that gave none).
+
+    `shared`: of so many layers the frozen pass computed nothing, as they are the same.
+    """
     cache, original = getattr(output, "past_key_values", None), getattr(frozen, "past_key_values", None)
-    if isinstance(cache, Cache) and isinstance(original, Cache):
-        return pair(cache, original)
-    return None
+    if not isinstance(cache, Cache) or not isinstance(original, Cache):
+        return None
+    original.layers[:shared] = [copy.copy(layer) for layer in cache.layers[:shared]]
+    return pair(cache, original)
