@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, MixtralConfig, Stat
 from twinweave.errors import UsageError
 from twinweave.imsm.cache import PairedCache, StackedCache, stack
 from twinweave.imsm.memory import extend
+from twinweave.imsm.stacked import StackedPass
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}  # fp32: the same products, summed over another number of rows at once
 TRUNK = {"layers_to_transform": [1]}
@@ -58,6 +59,37 @@ def test_stacked_equals_two_passes(arch, peft_kind, make_imsm, tokens):
     assert isinstance(cache, StackedCache)
     for f, e in zip(found, expected, strict=True):
         torch.testing.assert_close(f, e, **CLOSE)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3", "mistral"])
+def test_one_sequence_token_by_token(arch, make_imsm, make_base, tokens):
+    """Two rows of one token each are multiplied in another order (benchmarks/two_rows.py); a base alone never is."""
+    model, ids = make_imsm(arch), tokens(1, 6)
+    expected, _ = run(model, "two_pass", ids, torch.ones_like(ids))
+    found, cache = run(model, "stacked", ids, torch.ones_like(ids))
+    assert isinstance(cache, StackedCache)
+    torch.testing.assert_close(found, expected, **CLOSE)
+    two_rows = tokens(2, 1)
+    with torch.no_grad(), model.use_memory("original"):
+        assert torch.equal(model(input_ids=two_rows).logits, make_base(arch)(input_ids=two_rows).logits)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(2, 1, 8), (2, 8), (1, 2, 8)])
+def test_a_turned_product_is_the_product(bias, shape):
+    blocks = nn.ModuleList([nn.Linear(8, 5, bias=bias)])
+    x = torch.randn(shape)
+    expected = blocks[0](x)
+    stacked = StackedPass(blocks, 0, [])
+    for hook in stacked._hooks:
+        hook.remove()  # they double rows
+    assert torch.equal(blocks[0](x), expected)
+    stacked.begin(1, 1)
+    found = blocks[0](x)
+    torch.testing.assert_close(found, expected)
+    assert found.is_contiguous()
+    stacked.remove()
+    assert type(blocks[0]) is nn.Linear
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3", "mistral"])

@@ -235,20 +235,24 @@ class IMSMModel(PeftModelForCausalLM):
             raise UsageError(unknown_name("plan", str(plan), get_args(Plan)))
         self._twin.plan = plan
 
-    def _adapters_changed(self) -> None:
+    @contextmanager
+    def _changing_adapters(self) -> Iterator[None]:
         """The twin knows the adapted layers by heart."""
         self._twin.remove()
-        self._twin = Twin(self._twin.decoder, self._twin.plan)
+        try:
+            yield
+        finally:
+            self._twin = Twin(self._twin.decoder, self._twin.plan)
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's `add_adapter`."""
-        super().add_adapter(*args, **kwargs)
-        self._adapters_changed()
+        with self._changing_adapters():
+            super().add_adapter(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's `delete_adapter`."""
-        super().delete_adapter(adapter_name)
-        self._adapters_changed()
+        with self._changing_adapters():
+            super().delete_adapter(adapter_name)
 
     def unload(self) -> PreTrainedModel:
         """The base model alone again, without adapter, gate and weave; this model is of no use afterwards."""
