@@ -10,6 +10,7 @@ import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -23,7 +24,7 @@ from twinweave.data import CompletionCollator, attention_mask_of, pad_rows
 from twinweave.errors import BaseMismatchError, DamagedFileError, DataError, RecipeError, TrainingError, UsageError
 from twinweave.imsm import IMSMModel
 from twinweave.methods import get_method
-from twinweave.training import FrozenStore, fit, frozen_choice, load_recipe, load_tokenizer
+from twinweave.training import FrozenStore, fit, frozen_choice, load_base, load_recipe, load_tokenizer
 from twinweave.training import load_training_data as load_data
 from twinweave.training.frozen_rows import plan_rows
 from twinweave.training.frozen_store import identity_of, stored_bytes, tokenizer_digest
@@ -307,6 +308,11 @@ def test_a_full_disk_is_our_error(model, identity, tmp_path, monkeypatch):
 
 def run(world, overrides=(), folder="run", method="imsm", training=None):
     values = tiny_runs.recipe_values(world)
+    rows = [  # of many lengths, so that a row is seldom padded as it was when it was stored
+        {"prompt": f"reverse {' '.join(words)} :", "completion": " ".join(words[::-1])}
+        for words in (tiny_runs.letters(i, 1 + i % 7) for i in range(32))
+    ]
+    values["train"]["data"] = str(tiny_runs.write_rows(Path(world) / "uneven.jsonl", rows))
     recipe = load_recipe(values | {"training": values["training"] | {"log_every": 1} | (training or {})}, overrides)
     tokenizer = load_tokenizer(recipe.base)
     return fit(recipe, get_method(method), 0, load_data(recipe, tokenizer, 0), tokenizer, Path(world) / folder)
@@ -385,18 +391,21 @@ def test_bf16_autocast_to_its_own_precision(world):
 def test_label_positions_alone_give_the_losses_of_every_position(store, world, monkeypatch):
     no_dropout = "imsm.gate_dropout=0"  # in the gate it falls on other positions
     found = run(world, [f"training.frozen_store={store}", no_dropout], "found")
-    monkeypatch.setattr(TwinweaveTrainer, "_at_labels", lambda self, inputs, *args: inputs)
+    monkeypatch.setattr(TwinweaveTrainer, "_at_labels", lambda self, inputs, **kwargs: inputs)
     expected = run(world, [no_dropout], "expected")
     assert torch.allclose(curve(found), curve(expected), atol=1e-5)
     assert torch.allclose(curve(found, "validation"), curve(expected, "validation"), atol=1e-5)
 
 
-def test_frozen_passes_are_run_for_the_store_and_the_first_two_steps_only(world, monkeypatch):
+def test_frozen_passes_are_run_until_the_adapter_has_moved(world, monkeypatch):
     calls = []
     frozen_pass = sys.modules["twinweave.imsm.model"].frozen_pass
     monkeypatch.setattr("twinweave.imsm.model.frozen_pass", lambda *args: calls.append(1) or frozen_pass(*args))
     run(world)
     assert len(calls) == 2
+    calls.clear()
+    run(world, ["training.warmup=0.5"], "slow")
+    assert len(calls) == 8
     calls.clear()
     run(world, ["training.frozen_store=off"], "off")
     assert len(calls) > 12
@@ -437,7 +446,7 @@ def said(capsys):
 def test_auto_announces_uses_and_removes_its_store(world, capsys):
     run(world)
     lines = said(capsys)
-    assert re.search(r"of 24 rows \(96 label positions\) once: 15 KB in .*run/frozen", lines[0])
+    assert re.search(r"of 31 rows \(152 label positions\) once: 23 KB in .*run/frozen", lines[0])
     assert len(lines) == 2
     assert sorted(p.name for p in (world / "run").iterdir()) == ["best", "last", "training.json"]
 
@@ -482,7 +491,7 @@ def test_a_folder_is_kept_and_used_again(world, capsys):
     assert again.curve == first.curve
     assert content(world / "kept") == before
     with pytest.raises(DataError, match=r"kept was made for other rows.*Delete kept, or choose"):
-        run(world, [*kept, "train.limit=12", "train.max_length=8"], "cut")
+        run(world, [*kept, "train.prompt='{prompt} ?'", "train.completion='{completion}'"], "asked")
 
 
 @pytest.mark.parametrize(("value", "kept"), [("off", "off"), ("auto", "auto"), ("some/folder", "some/folder")])
@@ -514,3 +523,36 @@ def test_the_rows_of_a_dataset_are_read_like_a_list():
     assert rows == plan_rows(ROWS)
     assert rows == sorted(rows, key=lambda row: (row.length, row.key))
     assert {row.key for row in plan_rows(ROWS[::-1])} == {row.key for row in rows}
+
+
+def test_only_the_first_process_makes_it_and_the_others_wait(world, tmp_path, monkeypatch):
+    recipe = load_recipe(tiny_runs.recipe_values(world))
+    tokenizer = load_tokenizer(recipe.base)
+    data = load_data(recipe, tokenizer, 0)
+    model = get_method("imsm").build(load_base(recipe.base), recipe.peft_config(), recipe.imsm_config())
+    waited = []
+    arguments = {rank: SimpleNamespace(process_index=rank, world_size=2) for rank in (0, 1)}
+
+    def store(rank):
+        collator = CompletionCollator(tokenizer)
+        return frozen_choice.frozen_store_for(
+            recipe.training, model, data, collator, tokenizer, arguments[rank], tmp_path / "frozen"
+        )
+
+    def sleep(seconds):
+        assert not (tmp_path / "frozen").exists()
+        waited.append(seconds)
+        if len(waited) == 2:
+            assert len(store(0)) > 0
+
+    monkeypatch.setattr(frozen_choice.time, "sleep", sleep)
+    build = FrozenStore.build
+    built = []
+    monkeypatch.setattr(FrozenStore, "build", lambda *args, **kwargs: built.append(1) or build(*args, **kwargs))
+    batch = CompletionCollator(tokenizer)([data.train[i] for i in range(3)])
+    assert torch.equal(store(1).batch(**batch).states, store(0).batch(**batch).states)
+    assert (len(waited), len(built)) == (2, 1)
+    shutil.rmtree(tmp_path / "frozen")
+    (tmp_path / "frozen.json").write_text('{"used": false}')
+    assert store(1) is None
+    assert store(0) is None

@@ -33,8 +33,9 @@ _FIX_OF_A_BAD_LOSS = (
     "Lower training.learning_rate (or use training.precision=fp32) and start again with another output=FOLDER"
 )
 # Until the adapter has moved (a warm-up's first step has rate 0) the memories are equal, and the gate's gradient is
-# zero only if they are so to the last bit. Stored states come from other batches: Adam would take rounding for a
-# gradient and make full steps of it.
+# zero only if they are so to the last bit. Stored states come from other batches: Adam would take their rounding for a
+# gradient and make full steps of it. In bf16 the rounding outweighs the adapter for longer, so the warm-up is waited
+# out: from then on, training with a store differs less from training without than other padding makes it differ.
 _STEPS_BEFORE_STORE = 2
 _ALLOCATOR_TABLES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
@@ -43,7 +44,8 @@ class TwinweaveTrainer(Trainer):
     """A Trainer for adapters, used as transformers documents it.
 
     `own_learning_rates`: prefix of parameter names -> learning rate of those parameters.
-    `frozen_store`: the original memory of every row of the data, for an IMSMModel that shall run no frozen passes.
+    `frozen_store`: the original memory of every row of the data, read instead of running frozen passes once the
+    warm-up is over.
     After `train()`: `seconds` (of training, over all resumed parts) and `tokens` (trained on, padding excluded).
     """
 
@@ -126,9 +128,8 @@ class TwinweaveTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers; raises TrainingError when the loss is no number, before the weights are touched."""
         self.tokens += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else 0
-        loss = super().training_step(
-            model, self._at_labels(inputs, self.state.global_step >= _STEPS_BEFORE_STORE), *args, **kwargs
-        )
+        warm = self.state.global_step >= max(_STEPS_BEFORE_STORE, self.args.get_warmup_steps(self.state.max_steps))
+        loss = super().training_step(model, self._at_labels(inputs, from_store=warm), *args, **kwargs)
         if not math.isfinite(loss.item()):
             raise TrainingError(
                 self._stopped(f"the loss is {loss.item()} at step {self.state.global_step + 1}", _FIX_OF_A_BAD_LOSS)
