@@ -23,10 +23,11 @@ import tiny_runs
 from twinweave.data import CompletionCollator, attention_mask_of, pad_rows
 from twinweave.errors import BaseMismatchError, DamagedFileError, DataError, RecipeError, TrainingError, UsageError
 from twinweave.imsm import IMSMModel
+from twinweave.imsm.labels import find_places
 from twinweave.methods import get_method
 from twinweave.training import FrozenStore, fit, frozen_choice, load_base, load_recipe, load_tokenizer
 from twinweave.training import load_training_data as load_data
-from twinweave.training.frozen_rows import plan_rows
+from twinweave.training.frozen_rows import plan_rows, sizes
 from twinweave.training.frozen_store import identity_of, stored_bytes, tokenizer_digest
 from twinweave.training.trainer import TwinweaveTrainer
 
@@ -523,6 +524,15 @@ def test_the_rows_of_a_dataset_are_read_like_a_list():
     assert rows == plan_rows(ROWS)
     assert rows == sorted(rows, key=lambda row: (row.length, row.key))
     assert {row.key for row in plan_rows(ROWS[::-1])} == {row.key for row in rows}
+
+
+@given(st.lists(st.sampled_from("ap.q"), min_size=1, max_size=9), st.booleans())
+@settings(max_examples=200, deadline=None)
+def test_a_rows_sizes_are_those_that_the_model_finds(kinds, explicit):
+    labels = [5 if kind == "a" else -100 for kind in kinds]
+    asked = [kind == "q" for kind in kinds] if explicit else None
+    places = find_places(torch.tensor([labels]), query_mask=torch.tensor([asked]) if explicit else None)
+    assert sizes(labels, asked) == (places.count, places.queries)
 
 
 def test_only_the_first_process_makes_it_and_the_others_wait(world, tmp_path, monkeypatch):

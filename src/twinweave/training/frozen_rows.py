@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy
-import torch
 
-from ..imsm.labels import find_places
+from ..imsm.labels import IGNORED
 from ..progress import track
 
 Rows = Sequence[Mapping[str, Any]]
@@ -50,11 +49,19 @@ def plan_rows(dataset: Rows) -> list[Row]:
         query_mask = row.get("query_mask")
         key = row_key(row["input_ids"], row["labels"], query_mask)
         if key not in found:
-            labels = torch.as_tensor(row["labels"], dtype=torch.long).unsqueeze(0)
-            mask = None if query_mask is None else torch.as_tensor(query_mask).unsqueeze(0)
-            places = find_places(labels, query_mask=mask)
-            found[key] = Row(key, index, labels.shape[1], places.count, places.queries)
+            found[key] = Row(key, index, len(row["labels"]), *sizes(row["labels"], query_mask))
     return sorted(found.values(), key=lambda row: (row.length, row.key))
+
+
+def sizes(labels: Any, query_mask: Any = None) -> tuple[int, int]:
+    """A row's numbers of label positions and of queries: what `find_places` finds, at a fraction of its cost."""
+    labelled = numpy.asarray(labels) != IGNORED
+    positions = numpy.flatnonzero(labelled[1:])
+    if query_mask is not None:
+        return len(positions), len(numpy.unique(numpy.cumsum(numpy.asarray(query_mask, dtype=bool))[positions]))
+    runs = int(numpy.count_nonzero(labelled[1:] & ~labelled[:-1]))
+    leading = len(labelled) if labelled.all() else int(numpy.argmin(labelled))  # nothing is before it
+    return len(positions), runs + max(leading - 1, 0)
 
 
 def row_bytes(row: Row, width: int, itemsize: int) -> int:
