@@ -82,7 +82,8 @@ def decode_work(args: Any, system: str, case: dict[str, Any]) -> Callable[[int, 
         return random_ids(args, case["batch"], context)
 
     if system == "published":
-        plain, imsm = (make(sharing_weights(base), "all", args.seed) for make in (plain_model, imsm_model))
+        plain = plain_model(sharing_weights(base), "all", args.seed)
+        imsm = imsm_model(sharing_weights(base), "all", args.seed)
         published = published_copy(base, plain, imsm)
         return lambda context, new_tokens: published_generate(published, ids(context), new_tokens)
     if system == "plain":

@@ -20,7 +20,7 @@ from ..fingerprint import fingerprint
 from ..imsm import IMSMModel
 from ..methods import Method, get_method
 from ..progress import say
-from ..training import Recipe, fit, free_memory, load_base, load_tokenizer, load_training_data
+from ..training import Recipe, fit, free_memory, load_base, load_tokenizer, load_training_data, remove_store
 from .check import check_run
 from .results import assemble, average_scores
 from .store import RESULTS_NAME, RunFolder
@@ -57,6 +57,7 @@ class _Session:
         self.recipe, self.run = recipe, run
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(recipe.base)
         self.tasks: list[Task] = [recipe.target, *recipe.retained]
+        self.frozen_folder = run.path / "frozen"  # shared by all IMSM methods and seeds, which have the same rows
         self._data: dict[int, TrainingData] = {}
         if not run.begun:  # what is wrong is said before time is spent and files are written
             check_run(recipe, methods, self._training_data(recipe.seeds[0]))
@@ -65,6 +66,7 @@ class _Session:
     def finish(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
         results = assemble(self.recipe, self.base, cells)
         write_json_atomic(self.run.path / RESULTS_NAME, results)
+        remove_store(self.frozen_folder)
         return results
 
     def trained_cell(self, method: Method, seed: int, folder: Path, part: str) -> dict[str, Any]:
@@ -93,7 +95,8 @@ class _Session:
 
     def _train_and_score(self, method: Method, seed: int, folder: Path) -> dict[str, Any]:
         say(f"{method.label}, seed {seed}: training")
-        training = fit(self.recipe, method, seed, self._training_data(seed), self.tokenizer, folder)
+        data = self._training_data(seed)
+        training = fit(self.recipe, method, seed, data, self.tokenizer, folder, self.frozen_folder)
         model = self._load(method, folder / "best")
         say(f"{method.label}, seed {seed}: scoring")
         record = self._record(method, seed, {}, model) | {k: v for k, v in asdict(training).items() if k != "steps"}

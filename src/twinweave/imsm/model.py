@@ -4,7 +4,7 @@ Knows nothing about training loops, data or evaluation. The arithmetic is in `ga
 `memory.py`, the two passes in `twin.py`, files in `saving.py`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -17,11 +17,12 @@ from ..errors import UnsupportedModelError, UsageError, unknown_name
 from ..fingerprint import fingerprint
 from . import saving
 from .adapters import adapters_off
-from .cache import TwinCache
+from .cache import TwinCache, is_empty
 from .checks import adapted_behind, check_adapter, check_base, misfit, take_adapter_out
 from .config import IMSMConfig
 from .gate import MemoryGate
-from .twin import Plan, Twin
+from .labels import FrozenStates, LabelPlaces, check_frozen, find_places, hand_on, read_frozen, trim, weave_at_labels
+from .twin import Plan, Twin, dropout_off
 from .weave import Call, weave, with_last_hidden_state
 
 Memory = Literal["original", "enhanced", "interwoven"]
@@ -95,11 +96,12 @@ class IMSMModel(PeftModelForCausalLM):
     # --- the weave ----------------------------------------------------------------------------------------------
 
     def _before_decoder(self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._memory == "interwoven":
-            self._twin.begin(args, kwargs)
-            return
         self._twin.idle()
-        if isinstance(kwargs.get("past_key_values"), TwinCache):
+        if self._call.places is not None:
+            self._prepare_labels(self._call, self._call.places, args, kwargs)
+        elif self._memory == "interwoven":
+            self._twin.begin(args, kwargs)
+        elif isinstance(kwargs.get("past_key_values"), TwinCache):
             raise UsageError(
                 f"This cache holds both memories and cannot be continued with use_memory('{self._memory}'). "
                 "Start that memory with a cache of its own."
@@ -108,11 +110,42 @@ class IMSMModel(PeftModelForCausalLM):
     def _after_decoder(
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
+        if self._call.places is not None:
+            return self._at_labels(self._call, self._call.places, args, kwargs, output)
         if self._memory != "interwoven":
             return output
         original, enhanced, cache = self._twin.memories(args, kwargs, output)
         fused = weave(self.gate, original, enhanced, cache, self._call, self.retention, kwargs)
         return with_last_hidden_state(output, fused)
+
+    def _prepare_labels(self, call: Call, places: LabelPlaces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The frozen pass of a call that wants label positions only: first, while no activations are kept, unless it
+        can leave out what the tuned pass computes."""
+        needed = self._memory == "interwoven" and call.frozen is None and not call.only_frozen
+        if needed and not self._twin.share_trunk():
+            call.frozen = self._frozen_at_labels(places, args, kwargs)
+
+    def _frozen_at_labels(self, places: LabelPlaces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FrozenStates:
+        alone = {"use_cache": False, "past_key_values": None}
+        kwargs = kwargs | {name: value for name, value in alone.items() if name in kwargs}
+        return read_frozen(self._twin.frozen_pass(args, kwargs)[0], places)
+
+    def _at_labels(
+        self, call: Call, places: LabelPlaces, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """The decoder's output with what the head has to see for the labels: [1, N + 1, d]."""
+        states = output[0]
+        if call.only_frozen:
+            call.frozen = read_frozen(states, places)
+            return hand_on(output, states[:1, :0])
+        if self._memory != "interwoven":
+            return hand_on(output, places.gather(states).unsqueeze(0))
+        if call.frozen is None:
+            call.frozen = self._frozen_at_labels(places, args, kwargs)
+        fused, share = weave_at_labels(self.gate, places, call.frozen, states, self.retention)
+        if call.keep_gate:
+            call.gate = share
+        return hand_on(output, fused)
 
     @contextmanager
     def _calling(self, call: Call) -> Iterator[Call]:
@@ -148,6 +181,8 @@ class IMSMModel(PeftModelForCausalLM):
         labels: Tensor | None = None,
         query_mask: Tensor | None = None,
         output_gate: bool = False,
+        logits_at_labels: bool = False,
+        frozen: FrozenStates | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base model's forward, woven.
@@ -155,6 +190,11 @@ class IMSMModel(PeftModelForCausalLM):
         `input_ids`, `attention_mask`, `labels`: [B, T] as in transformers. The query of an answer is what stands before
         its labels; `query_mask` (bool or int [B, T]) says it explicitly and wins; without either every token up to a
         position counts. `output_gate` adds `out.gate`, [B, T, d]: the share of the original memory.
+
+        `logits_at_labels`, for training: gate and head run only where one of the N labels is predicted, so `out.logits`
+        is [1, N, V] and `out.gate` [1, N, d], in row-major order; loss and gradients are the same, and
+        `out.hidden_states` are the enhanced memory's. `frozen`: what `frozen_states` gave for the same batch; no
+        frozen pass is run.
         """
         source = input_ids if input_ids is not None else inputs_embeds
         if query_mask is not None and source is not None and query_mask.shape[0] != source.shape[0]:
@@ -162,7 +202,14 @@ class IMSMModel(PeftModelForCausalLM):
                 f"query_mask has {query_mask.shape[0]} rows and the input {source.shape[0]}; give both [B, T]."
             )
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
-        call = Call(attention_mask=mask, query_mask=query_mask, labels=labels, keep_gate=output_gate)
+        call = Call(attention_mask=mask, query_mask=query_mask, labels=labels, keep_gate=output_gate, frozen=frozen)
+        if logits_at_labels:
+            call.places = _places(source, labels, mask, query_mask, kwargs.get("past_key_values"))
+            labels = call.places.targets
+            if frozen is not None:
+                check_frozen(frozen, call.places, self.gate.hidden_size)
+        elif frozen is not None:
+            raise UsageError("frozen holds states at label positions: it goes with logits_at_labels=True.")
         with self._calling(call):
             output = super().forward(
                 input_ids=input_ids,
@@ -171,20 +218,40 @@ class IMSMModel(PeftModelForCausalLM):
                 labels=labels,
                 **kwargs,
             )
+        if call.places is not None:
+            output = trim(output, call.places.count)
         if not output_gate:
             return output
-        gate = call.gate if call.gate is not None else self._constant_gate(input_ids, inputs_embeds)
+        shape = (1, call.places.count) if call.places is not None else source.shape[:2]  # type: ignore[union-attr]
+        gate = call.gate if call.gate is not None else self._constant_gate(shape)
         if isinstance(output, tuple):
             return (*output, gate)
         output["gate"] = gate
         return output
 
-    def _constant_gate(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    def _constant_gate(self, shape: Sequence[int]) -> Tensor:
         """With one memory in use its share is all or nothing."""
-        source = input_ids if input_ids is not None else inputs_embeds
-        assert source is not None
         share = 1.0 if self._memory == "original" else 0.0
-        return torch.full((*source.shape[:2], self.gate.hidden_size), share, device=source.device)
+        return torch.full((*shape, self.gate.hidden_size), share, device=self.get_output_embeddings().weight.device)
+
+    @torch.no_grad()
+    def frozen_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        query_mask: Tensor | None = None,
+    ) -> FrozenStates:
+        """The original memory of a batch, as `forward` takes it: one frozen pass and nothing else.
+
+        All arguments are [B, T]. The result has the states at the N label positions and the M query means.
+        """
+        places = _places(input_ids, labels, attention_mask, query_mask)
+        call = Call(places=places, only_frozen=True)
+        with self.use_memory("original"), dropout_off(self), self._calling(call):
+            super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        assert call.frozen is not None
+        return call.frozen
 
     def generate(self, *args: Any, query_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' `generate` with every standard option; the prompt (or `query_mask` within it) is the query.
@@ -305,6 +372,19 @@ class IMSMModel(PeftModelForCausalLM):
         for files that are missing, truncated or pickled.
         """
         return saving.load(cls, path, base, is_trainable, allow_base_mismatch, revision, kwargs)
+
+
+def _places(
+    source: Tensor | None, labels: Tensor | None, mask: Tensor | None, query_mask: Tensor | None, cache: Any = None
+) -> LabelPlaces:
+    """See `find_places`. Raises UsageError for what cannot go with it."""
+    if labels is None:
+        raise UsageError("Without labels there are no label positions. Pass labels, or leave logits_at_labels out.")
+    if source is not None and source.shape[:2] != labels.shape:
+        raise UsageError(f"labels are {list(labels.shape)} and the input {list(source.shape[:2])}; give both [B, T].")
+    if isinstance(cache, Cache) and not is_empty(cache):
+        raise UsageError("logits_at_labels is for training on whole rows. Leave it out to go on from a cache.")
+    return find_places(labels, mask, query_mask)
 
 
 def _prompt_columns(prompt: Tensor, mask: Tensor | None, cache: Any) -> int:

@@ -98,7 +98,13 @@ class Twin:
             if not isinstance(cache, TwinCache):
                 pair_with_empty_copy(cache)
         else:
-            self._capturing = self._trunk > 0 and not self._drops_below_the_fork() and self._can_replay()
+            self.share_trunk()
+
+    def share_trunk(self) -> bool:
+        """Before a tuned run without a cache: whether the frozen pass after it will leave the shared trunk out."""
+        self.idle()
+        self._capturing = self._trunk > 0 and not self._drops_below_the_fork() and self._can_replay()
+        return self._capturing
 
     def memories(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any

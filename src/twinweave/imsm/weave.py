@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from .cache import TwinCache
 from .gate import MemoryGate
+from .labels import FrozenStates, LabelPlaces
 from .memory import ends_of_labels, extend, query_mean
 
 
@@ -28,6 +29,9 @@ class Call:
     prompt_columns: int | None = None
     keep_gate: bool = False
     gate: Tensor | None = None  # [B, T, d], filled in when keep_gate is set
+    places: LabelPlaces | None = None  # set: states, gate and logits are wanted at these places only
+    frozen: FrozenStates | None = None  # the original memory there, given by the caller or filled in
+    only_frozen: bool = False  # fill in `frozen`, and nothing else is of interest
 
     def columns_of(self, mask: Tensor | None, rows: int, first: int, length: int, beyond: bool) -> Tensor | None:
         """What a mask says of a chunk of `length` columns at column `first`, as bool.

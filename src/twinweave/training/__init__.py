@@ -2,10 +2,13 @@
 
 from .base import default_device, free_memory, load_base, load_tokenizer, load_window
 from .fit import Training, fit, load_training_data
+from .frozen_choice import remove_store
+from .frozen_store import FrozenStore
 from .recipe import Recipe, load_recipe
 from .trainer import TwinweaveTrainer
 
 __all__ = [
+    "FrozenStore",
     "Recipe",
     "Training",
     "TwinweaveTrainer",
@@ -17,4 +20,5 @@ __all__ = [
     "load_tokenizer",
     "load_training_data",
     "load_window",
+    "remove_store",
 ]

@@ -23,6 +23,7 @@ from ..files import atomic_directory, write_json_atomic
 from ..methods import Method
 from . import checkpoints
 from .base import free_memory, load_base, load_window
+from .frozen_choice import frozen_store_for, remove_store
 from .recipe import Recipe, TrainingSection
 from .trainer import TwinweaveTrainer
 
@@ -51,8 +52,13 @@ def fit(
     data: TrainingData,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
+    frozen_folder: Path | None = None,
 ) -> Training:
-    """Train `method` on `data` and leave the models `folder/best` and `folder/last`. Raises TrainingError."""
+    """Train `method` on `data` and leave the models `folder/best` and `folder/last`. Raises TrainingError.
+
+    `frozen_folder`: where trainings on the same rows share the store that `training.frozen_store=auto` makes; whoever
+    gives it removes it. Without it the store is the training's own.
+    """
     finished = folder / FINISHED
     if finished.is_file():
         return Training(**json.loads(finished.read_text(encoding="utf-8")))
@@ -62,12 +68,17 @@ def fit(
     set_seed(seed)
     base = load_base(recipe.base)
     model = method.build(base, recipe.peft_config(steps), recipe.imsm_config())
+    arguments, collator = _arguments(section, seed, steps, folder, data), CompletionCollator(tokenizer)
+    own_frozen_folder = folder / "frozen"
     trainer = TwinweaveTrainer(
         model=model,
-        args=_arguments(section, seed, steps, folder, data),
+        args=arguments,
         train_dataset=data.train,
         eval_dataset=data.validation if len(data.validation) else None,
-        data_collator=CompletionCollator(tokenizer),
+        data_collator=collator,
+        frozen_store=frozen_store_for(
+            section, model, data, collator, tokenizer, arguments, frozen_folder or own_frozen_folder
+        ),
         own_learning_rates={p: getattr(section, key) for p, key in method.own_learning_rates.items()},
     )
     _reset_peak_memory()
@@ -84,6 +95,8 @@ def fit(
     )
     write_json_atomic(finished, asdict(training))
     checkpoints.clear(folder)
+    if frozen_folder is None:
+        remove_store(own_frozen_folder, decision=True)
     del trainer, model, base
     free_memory()
     return training

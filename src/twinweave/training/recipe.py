@@ -76,6 +76,10 @@ class TrainingSection(_Section):
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
+    frozen_store: str = "auto"
+    """Whether IMSM's original memory is computed once and read from disk. `auto`: where there are at least two epochs
+    and it takes at most a quarter of the free disk, in the output folder until the run is finished. `off`: never.
+    A folder: kept there, and used again by other runs on the same rows."""
     evaluate_every: Literal["epoch"] | int = "epoch"
     """Validation and a checkpoint after each epoch, or after so many steps."""
     log_every: int = Field(10, ge=1)
@@ -86,6 +90,15 @@ class TrainingSection(_Section):
     def _epoch_or_steps(cls, value: Any) -> Any:
         if value != "epoch" and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise ValueError("must be 'epoch' or a number of steps of at least 1")
+        return value
+
+    @field_validator("frozen_store", mode="before")
+    @classmethod
+    def _store_or_off(cls, value: Any) -> Any:
+        if value is False:  # what YAML makes of a bare off
+            return "off"
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError("must be 'auto', 'off' or a folder")
         return value
 
     @field_validator("optimizer")

@@ -21,8 +21,10 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..errors import DamagedFileError, TrainingError
 from ..files import read_safetensors
+from ..imsm import IMSMModel
 from ..progress import progress_bar
 from . import checkpoints
+from .frozen_store import FrozenStore
 
 TRAINED_NAME = "trained.safetensors"
 _ALLOCATOR = "adalora_allocator/"
@@ -30,6 +32,11 @@ _ALLOCATOR = "adalora_allocator/"
 _FIX_OF_A_BAD_LOSS = (
     "Lower training.learning_rate (or use training.precision=fp32) and start again with another output=FOLDER"
 )
+# Until the adapter has moved (a warm-up's first step has rate 0) the memories are equal, and the gate's gradient is
+# zero only if they are so to the last bit. Stored states come from other batches: Adam would take their rounding for a
+# gradient and make full steps of it. In bf16 the rounding outweighs the adapter for longer, so the warm-up is waited
+# out: from then on, training with a store differs less from training without than other padding makes it differ.
+_STEPS_BEFORE_STORE = 2
 _ALLOCATOR_TABLES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
@@ -37,11 +44,20 @@ class TwinweaveTrainer(Trainer):
     """A Trainer for adapters, used as transformers documents it.
 
     `own_learning_rates`: prefix of parameter names -> learning rate of those parameters.
+    `frozen_store`: the original memory of every row of the data, read instead of running frozen passes once the
+    warm-up is over.
     After `train()`: `seconds` (of training, over all resumed parts) and `tokens` (trained on, padding excluded).
     """
 
-    def __init__(self, *args: Any, own_learning_rates: Mapping[str, float] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        own_learning_rates: Mapping[str, float] | None = None,
+        frozen_store: FrozenStore | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._own_learning_rates = dict(own_learning_rates or {})
+        self._frozen_store = frozen_store
         super().__init__(*args, **kwargs)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
@@ -112,12 +128,37 @@ class TwinweaveTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers; raises TrainingError when the loss is no number, before the weights are touched."""
         self.tokens += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else 0
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        warm = self.state.global_step >= max(_STEPS_BEFORE_STORE, self.args.get_warmup_steps(self.state.max_steps))
+        loss = super().training_step(model, self._at_labels(inputs, from_store=warm), *args, **kwargs)
         if not math.isfinite(loss.item()):
             raise TrainingError(
                 self._stopped(f"the loss is {loss.item()} at step {self.state.global_step + 1}", _FIX_OF_A_BAD_LOSS)
             )
         return loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Any, Any, Any]:
+        """As in transformers; where only the loss is asked for, logits are made for the labels only."""
+        if prediction_loss_only:
+            inputs = self._at_labels(inputs)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
+    def _at_labels(self, inputs: dict[str, Any], from_store: bool = True) -> dict[str, Any]:
+        """What an IMSMModel needs to compute the same loss from the label positions alone."""
+        own_loss = self.label_smoother is not None or self.compute_loss_func is not None  # they want every logit
+        if not isinstance(self.model, IMSMModel) or own_loss or "labels" not in inputs or "shift_labels" in inputs:
+            return inputs
+        inputs = {**inputs, "logits_at_labels": True}
+        if self._frozen_store is not None and from_store:
+            inputs["frozen"] = self._frozen_store.batch(
+                inputs["input_ids"],
+                inputs.get("attention_mask"),
+                inputs["labels"],
+                device=self.args.device,
+                query_mask=inputs.get("query_mask"),
+            )
+        return inputs
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers; raises TrainingError when the loss is no number, before such weights are kept."""
