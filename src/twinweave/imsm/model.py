@@ -292,8 +292,9 @@ class IMSMModel(PeftModelForCausalLM):
 
     @property
     def plan(self) -> Plan:
-        """How inference runs the two passes: "auto" (the faster form for the size, by measurement), "stacked" (one pass
-        over the rows of both) or "two_pass". The results are the same."""
+        """How inference runs the two passes: "stacked" (one pass over the rows of both, which reads the weights once),
+        "two_pass" (half the activations at a time), or "auto": stacked in generation, two passes elsewhere. The results
+        are the same up to rounding."""
         return self._twin.plan
 
     @plan.setter

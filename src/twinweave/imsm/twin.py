@@ -4,9 +4,9 @@ Knows nothing about the gate or the query: it hands over two last hidden states.
 results (`docs/performance.md` has the measurements):
 
 - two passes: the tuned pass as the model runs it, then the frozen one over the same inputs, without the adapter. For
-  training, and for many rows on a CPU. Below the first adapted block (the shared trunk) the frozen pass has nothing
-  to compute: the tuned one's states are the same.
-- stacked (`stacked.py`): one pass over [frozen; tuned] rows, which reads the base's weights once. For decoding.
+  training and scoring. Below the first adapted block (the shared trunk) the frozen pass has nothing to compute: the
+  tuned one's states are the same.
+- stacked (`stacked.py`): one pass over [frozen; tuned] rows, which reads the base's weights once. For generation.
 """
 
 import copy
@@ -29,15 +29,14 @@ logger = logging.getLogger(__name__)
 
 Plan = Literal["auto", "stacked", "two_pass"]
 
-CPU_ROWS = 4
-"""On a CPU, the most rows of a generation for which one stacked pass beats two passes (benchmarks/crossover.py)."""
-
 
 class Twin:
     """The two passes of one decoder.
 
-    `plan` is how inference runs them: "auto" stacks where it was measured to be faster. Calls with gradients, without a
-    cache or in training mode take two passes whatever the plan, and a cache is continued in the form it was begun in.
+    `plan` is how inference runs them. "auto" stacks whatever has a cache: from 1 to 64 rows and from 8 to 512 tokens of
+    prompt, no size was measured at which two passes are faster. Without a cache it takes two passes, which are as
+    fast there, need less memory, and give the base's own bits where the adapter has learned nothing. Calls with
+    gradients or in training mode take two passes whatever the plan; a cache is continued in the form it was begun in.
     """
 
     def __init__(self, decoder: nn.Module, plan: Plan = "auto") -> None:
@@ -144,12 +143,7 @@ class Twin:
             return self.plan == "stacked" and self._can_stack()
         if cache is not None and (not isinstance(cache, Cache) or is_allocated(cache)):
             return False
-        return (self.plan == "stacked" or self._pays(inputs)) and self._can_stack()
-
-    def _pays(self, inputs: Tensor) -> bool:
-        """Whether one pass is faster. An accelerator waits for weights at any batch of a generation; a CPU soon waits
-        for arithmetic, of which a shared trunk saves more than the passes differ by."""
-        return inputs.device.type != "cpu" or inputs.shape[0] <= CPU_ROWS or 4 * self._trunk >= len(self._blocks)
+        return self._can_stack()
 
     def _can_stack(self) -> bool:
         """Whether one pass gives what two passes give on this model; tried once, on a few tokens."""
