@@ -83,8 +83,8 @@ def interleaved(
 ) -> Samples:
     """Every run once per round, after `warm_up` rounds that do not count.
 
-    Each callable returns its own measurement, so that it can leave out what it prepares. `fewer`: systems that take
-    part in the first rounds only. The order is reversed in every other round; garbage is collected between runs only.
+    Each callable returns its own measurement, so that it can leave out what it prepares. `fewer`: systems too slow for
+    more than some rounds, and for a warm-up, which is a small part of them. The order is reversed in every other round; garbage is collected between runs only.
     """
     samples: Samples = {name: [] for name in runs}
     was_enabled = gc.isenabled()
@@ -95,7 +95,7 @@ def interleaved(
         for index in range(-warm_up, repeats):
             order = list(runs)[:: 1 if index % 2 == 0 else -1]
             for name in order:
-                if index >= (fewer or {}).get(name, repeats):
+                if name in (fewer or {}) and not 0 <= index < (fewer or {})[name]:
                     continue
                 gc.collect()
                 value = runs[name]()

@@ -24,7 +24,8 @@ IMSM runs one set of weights twice: frozen, and with the adapter. The question i
   (LoRA, r 16, on `q_proj` and `v_proj`).
 - **two_pass** runs the model once with the adapter and once without.
 - **stacked** runs it once over twice the rows, `[frozen; tuned]`; every base weight is read once for both memories.
-- **auto** is the default: the plan that is expected to be faster for the phase and the number of rows.
+- **auto** is the default: stacked in generation, where it is the faster one at every size measured below, two passes in
+  training and scoring.
 - **published** is our own plain writing of the published decoding loop: two copies of the model, no cache, one row.
 
 How it is measured: the weights are random, since speed depends on shapes only. All systems run in one process and take
@@ -55,6 +56,10 @@ is also without the loaded model. `one state mib` is the size of one `[B, T, d]`
     "crossover": """## Stacked against two passes
 
 Below 1 the stacked pass is faster: where the ratio passes 1 is where `auto` should change over.""",
+    "two_rows": """## Two rows from either side
+
+Forty weight matrices times a few rows, as `x_wt` (what a linear layer does) and as `w_xt` (the same numbers, turned).
+Decoding one sequence stacked means two rows, which the stacked pass therefore turns (fp32 on a CPU).""",
 }
 
 

@@ -4,11 +4,13 @@ Helpers are handed out as fixtures, because test folders are not packages.
 """
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -197,3 +199,18 @@ def perturb() -> Callable[..., None]:
 @pytest.fixture(scope="session")
 def tokens() -> Callable[..., torch.Tensor]:
     return random_tokens
+
+
+@pytest.fixture(scope="session")
+def _world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import tiny_runs  # loads the whole package, which most tests have no need of
+
+    return tiny_runs.make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def world(_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own, also the working directory, with a base, rows and nothing else (tiny_runs.py)."""
+    shutil.copytree(_world, tmp_path / "world")
+    monkeypatch.chdir(tmp_path / "world")
+    return tmp_path / "world"

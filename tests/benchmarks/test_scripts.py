@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import crossover, decode, gpu, memory, prefill, report, training
+from benchmarks import crossover, decode, gpu, memory, prefill, report, training, two_rows
 from benchmarks.measure import Samples, interleaved, make_row, measure_all, parse
 from benchmarks.shapes import SHAPES, build_base
 from benchmarks.systems import build
@@ -63,8 +63,14 @@ def test_crossover(tmp_path: Path) -> None:
     assert all(set(row["ratios"]) == {"stacked/two_pass"} for row in result["rows"])
 
 
+def test_two_rows(tmp_path: Path) -> None:
+    out = tmp_path / "two_rows.json"
+    result = two_rows.main([*SHARED, "--rows", "1", "2", "--out", str(out)])
+    check(result, out, "two_rows", rows=2)
+    assert all(set(row["ratios"]) == {"w_xt/x_wt"} for row in result["rows"])
+
+
 def test_training(tmp_path: Path) -> None:
-    pytest.importorskip("twinweave.imsm.labels")
     out = tmp_path / "training.json"
     result = training.main([*SHARED, "--batch", "2", "--length", "10", "--out", str(out)])
     check(result, out, "training", rows=1)
@@ -73,7 +79,6 @@ def test_training(tmp_path: Path) -> None:
 
 
 def test_all_training_systems_do_the_work_they_are_named_after() -> None:
-    pytest.importorskip("twinweave.imsm.labels")
     systems = build("tiny", "cpu", "float32", 5, "all")
     args = training.parser().parse_args(["--shape", "tiny"])
     batch = training.batch_of(args, rows=2, length=10, labelled=0.5)
@@ -111,7 +116,6 @@ def test_memory_of_decoding(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_of_training(tmp_path: Path) -> None:
-    pytest.importorskip("twinweave.imsm.labels")
     out = tmp_path / "memory.json"
     flags = ["--work", "training", "--training-batch", "2", "--length", "64", "--systems", "plain_full", "plain_labels"]
     result = memory.main(["--shape", "25m", "--threads", "1", *flags, "--out", str(out)])

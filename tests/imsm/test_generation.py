@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, GenerationConfig
+from transformers import DynamicCache, GenerationConfig, QuantizedCache
+from transformers.generation.streamers import BaseStreamer
 
 PAD = 0
 MODES = {
@@ -118,6 +119,38 @@ def test_other_ways_of_caching(model, mode, options, prompts):
     ids, mask = left_padded(prompts)
     expected = generate(model, ids, mode, attention_mask=mask)
     assert torch.equal(generate(model, ids, mode, attention_mask=mask, disable_compile=True, **options), expected)
+
+
+class Listener(BaseStreamer):
+    def __init__(self):
+        self.heard = []
+
+    def put(self, value):
+        self.heard.append(value.flatten())
+
+    def end(self):
+        self.heard = torch.cat(self.heard)
+
+
+def test_a_streamer_hears_every_token(model, tokens):
+    listener, ids = Listener(), tokens(1, 6)
+    assert torch.equal(generate(model, ids, streamer=listener)[0], listener.heard)
+
+
+@pytest.mark.parametrize("mode", ["greedy", "beams"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_quantised_cache_differs_by_its_rounding_only(models, plan, name, mode, tokens):
+    model = models[name]
+    model.plan = plan
+    options = {"return_dict_in_generate": True, "output_logits": True, "max_new_tokens": 2}
+    quantised = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    expected = generate(model, tokens(2, 6), mode, **options).logits
+    out = generate(model, tokens(2, 6), mode, **options, **quantised)
+    model.plan = "auto"
+    assert isinstance(out.past_key_values, QuantizedCache)
+    assert torch.equal(out.logits[0], expected[0])  # the prompt is read before it is rounded
+    rounding = (out.logits[1] - expected[1]).norm() / expected[1].norm()
+    assert 0 < rounding < 0.1
 
 
 def test_static_cache_between_memories(models, make_base, tokens):

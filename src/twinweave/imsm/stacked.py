@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..errors import UnsupportedModelError
 from .adapters import adapters_off
 
 
-class RowsMixedError(Exception):
+class RowsMixedError(UnsupportedModelError):
     """A layer did not get its rows as [frozen; tuned]; the model can only be run in two passes."""
 
 
@@ -100,7 +101,10 @@ class StackedPass:
             return None
         x = args[0] if args else None
         if not isinstance(x, Tensor) or x.shape[0] != 2 * self.rows * (self._length if x.ndim == 2 else 1):
-            raise RowsMixedError(f"{type(layer).__name__} does not see the rows of both memories, one behind the other")
+            raise RowsMixedError(
+                f"An adapted {type(layer).__name__} does not see the rows of both memories one behind the other, which "
+                "a stacked pass needs. Set model.plan = 'two_pass'."
+            )
         halves = _Halves(x)
         self._split[layer] = halves
         return (halves.tuned, *args[1:])
