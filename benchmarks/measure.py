@@ -84,7 +84,8 @@ def interleaved(
     """Every run once per round, after `warm_up` rounds that do not count.
 
     Each callable returns its own measurement, so that it can leave out what it prepares. `fewer`: systems too slow for
-    more than some rounds, and for a warm-up, which is a small part of them. The order is reversed in every other round; garbage is collected between runs only.
+    more than some rounds, and for a warm-up, which is a small part of them. The order is reversed in every other round;
+    garbage is collected between runs only.
     """
     samples: Samples = {name: [] for name in runs}
     was_enabled = gc.isenabled()

@@ -56,10 +56,10 @@ is also without the loaded model. `one state mib` is the size of one `[B, T, d]`
     "crossover": """## Stacked against two passes
 
 Below 1 the stacked pass is faster: where the ratio passes 1 is where `auto` should change over.""",
-    "two_rows": """## Two rows from either side
+    "few_rows": """## A few rows from either side
 
 Forty weight matrices times a few rows, as `x_wt` (what a linear layer does) and as `w_xt` (the same numbers, turned).
-Decoding one sequence stacked means two rows, which the stacked pass therefore turns (fp32 on a CPU).""",
+Decoding one or two sequences stacked means two or four rows, which the stacked pass turns (fp32 on a CPU).""",
 }
 
 

@@ -102,7 +102,7 @@ def test_errors_name_the_row(write, words):
     assert "raise max_length" in str(caught.value)
 
 
-def test_a_split_needs_two_rows_and_a_fraction(write, words):
+def test_a_split_needs_few_rows_and_a_fraction(write, words):
     with pytest.raises(DataError, match="One row cannot be split"):
         prepare_training_data(write("x.jsonl", [row("a")]), words, max_length=9)
     with pytest.raises(DataError, match="validation_fraction is 1"):

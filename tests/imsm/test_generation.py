@@ -121,6 +121,16 @@ def test_other_ways_of_caching(model, mode, options, prompts):
     assert torch.equal(generate(model, ids, mode, attention_mask=mask, disable_compile=True, **options), expected)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_pefts_own_switch_gives_the_base(models, plan, name, make_base, tokens):
+    model = models[name]
+    model.plan = plan
+    with model.disable_adapter():
+        found = generate(model, tokens(2, 6))
+    model.plan = "auto"
+    assert torch.equal(found, generate(make_base(name), tokens(2, 6)))
+
+
 class Listener(BaseStreamer):
     def __init__(self):
         self.heard = []

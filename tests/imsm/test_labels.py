@@ -4,7 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from twinweave.errors import UsageError
 from twinweave.imsm.labels import FrozenStates, find_places, read_frozen
@@ -204,6 +206,41 @@ def test_no_frozen_pass_when_its_states_are_given_or_not_wanted(make_imsm, token
     with model.use_memory("enhanced"):
         model(**batch, logits_at_labels=True)
     assert len(calls) == 5
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_frozen_pass_leaves_the_shared_trunk_out(training, make_imsm, tokens):
+    model = make_imsm(peft_changes={"layers_to_transform": [1]}).train(training)
+    batch = batch_of(SHAPES["one answer each"], tokens)
+    expected = run(model, batch)
+    run(model, batch, logits_at_labels=True)  # the first call tries it out
+    ran = []
+    for number, block in enumerate(model.get_base_model().model.layers):
+        block.mlp.register_forward_hook(lambda *_, number=number: ran.append(number))
+    assert_same(run(model, batch, logits_at_labels=True), expected, batch)
+    assert ran == [0, 1, 1]
+
+
+@pytest.mark.parametrize("at_labels", [False, True])
+def test_a_loss_that_is_fused_with_the_head_works(at_labels, make_imsm, tokens):
+    """As Liger and TRL patch models: the loss is computed in chunks from the last hidden state; there are no logits."""
+    model, batch = make_imsm(), batch_of(SHAPES["several turns"], tokens)
+    out, expected = run(model, batch)
+    base = model.get_base_model()
+
+    def fused(input_ids=None, attention_mask=None, labels=None, **kwargs):
+        states = base.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        states, targets = states[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        pieces = zip(states.split(5), targets.split(5), strict=True)
+        total = sum(cross_entropy(base.lm_head(s), t, reduction="sum", ignore_index=-100) for s, t in pieces)
+        return CausalLMOutputWithPast(loss=total / (targets != -100).sum())
+
+    base.forward = fused
+    found, gradients = run(model, batch, logits_at_labels=at_labels)
+    assert found.logits is None
+    torch.testing.assert_close(found.loss, out.loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_the_default_is_what_it_was(make_imsm, tokens):

@@ -133,6 +133,33 @@ def test_rows_and_columns_of_the_query_follow_the_cache(stream, data):
     torch.testing.assert_close(query_mean(state, ends), expected, atol=1e-5, rtol=1e-5)
 
 
+@given(stream=streams(), masked=st.booleans(), data=st.data())
+@settings(max_examples=60, deadline=None)
+def test_a_settled_mean_is_the_mean_computed_again(stream, masked, data):
+    """The chunks of an answer, kept aside while the query's mean is known, and joined when somebody asks."""
+    features, attended, asked, _ = stream
+    rows, columns = attended.shape
+    call = object()
+    state = extend(features, attended, asked if masked else None)
+    ends = torch.full((rows, 1), columns)
+    state.settle(query_mean(state, ends), by=call)
+    plain = extend(features, attended, asked if masked else None)
+    for length in data.draw(st.lists(st.integers(1, 3), max_size=3)):
+        chunk = torch.randn(rows, length, K, generator=torch.Generator().manual_seed(length))
+        assert state.answer(chunk, by=object()) is None  # of another call's query nothing is known
+        mean = state.answer(chunk, by=call)
+        plain = extend(chunk, state=plain)
+        torch.testing.assert_close(mean, query_mean(plain, ends))
+        assert state.columns == plain.columns
+        if data.draw(st.booleans()):
+            order = torch.tensor(data.draw(st.lists(st.integers(0, rows - 1), min_size=rows, max_size=rows)))
+            state.select(order)
+            plain.select(order)
+    state.join()
+    for name in ("features", "attended", "asked"):
+        assert torch.equal(getattr(state, name), getattr(plain, name))
+
+
 def filled_twin(rows=3, columns=5):
     """A pair of caches with numbers that tell rows, columns and memories apart."""
     values = torch.arange(rows * columns, dtype=torch.float32).view(rows, 1, columns, 1)

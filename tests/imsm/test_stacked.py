@@ -63,19 +63,19 @@ def test_stacked_equals_two_passes(arch, peft_kind, make_imsm, tokens):
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma3", "mistral"])
 def test_one_sequence_token_by_token(arch, make_imsm, make_base, tokens):
-    """Two rows of one token each are multiplied in another order (benchmarks/two_rows.py); a base alone never is."""
+    """A few rows of one token each are multiplied in another order (benchmarks/few_rows.py); a base alone never is."""
     model, ids = make_imsm(arch), tokens(1, 6)
     expected, _ = run(model, "two_pass", ids, torch.ones_like(ids))
     found, cache = run(model, "stacked", ids, torch.ones_like(ids))
     assert isinstance(cache, StackedCache)
     torch.testing.assert_close(found, expected, **CLOSE)
-    two_rows = tokens(2, 1)
+    few_rows = tokens(2, 1)
     with torch.no_grad(), model.use_memory("original"):
-        assert torch.equal(model(input_ids=two_rows).logits, make_base(arch)(input_ids=two_rows).logits)
+        assert torch.equal(model(input_ids=few_rows).logits, make_base(arch)(input_ids=few_rows).logits)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(2, 1, 8), (2, 8), (1, 2, 8)])
+@pytest.mark.parametrize("shape", [(2, 1, 8), (2, 8), (1, 2, 8), (4, 1, 8), (5, 1, 8)])
 def test_a_turned_product_is_the_product(bias, shape):
     blocks = nn.ModuleList([nn.Linear(8, 5, bias=bias)])
     x = torch.randn(shape)

@@ -1,4 +1,4 @@
-"""What the twin needs of PEFT: which layers are adapted, and how to run without the adapter.
+"""Which layers of a model are adapted, and running it without the adapter or without dropout.
 
 Knows nothing about memories.
 """
@@ -30,3 +30,16 @@ def adapters_off(layers: list[nn.Module], off: bool = True) -> Iterator[None]:
     finally:
         for layer, was_disabled in zip(layers, before, strict=True):
             layer._disable_adapters = was_disabled
+
+
+@contextmanager
+def dropout_off(module: nn.Module) -> Iterator[None]:
+    """Run the block in evaluation mode: the original memory is a constant, also while training."""
+    training = [m for m in module.modules() if m.training] if module.training else []
+    try:
+        for m in training:
+            m.training = False
+        yield
+    finally:
+        for m in training:
+            m.training = True

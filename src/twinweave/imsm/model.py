@@ -16,13 +16,13 @@ from transformers import Cache, PreTrainedModel
 from ..errors import UnsupportedModelError, UsageError, unknown_name
 from ..fingerprint import fingerprint
 from . import saving
-from .adapters import adapters_off
+from .adapters import adapters_off, dropout_off
 from .cache import TwinCache, is_empty
 from .checks import adapted_behind, check_adapter, check_base, misfit, take_adapter_out
 from .config import IMSMConfig
 from .gate import MemoryGate
 from .labels import FrozenStates, LabelPlaces, check_frozen, find_places, hand_on, read_frozen, trim, weave_at_labels
-from .twin import Plan, Twin, dropout_off
+from .twin import Plan, Twin
 from .weave import Call, weave, with_last_hidden_state
 
 Memory = Literal["original", "enhanced", "interwoven"]

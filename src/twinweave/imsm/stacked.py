@@ -16,6 +16,8 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import UnsupportedModelError
 from .adapters import adapters_off
 
+_FEW_ROWS = 4
+
 
 class RowsMixedError(UnsupportedModelError):
     """A layer did not get its rows as [frozen; tuned]; the model can only be run in two passes."""
@@ -153,18 +155,19 @@ class _Halves:
 
 
 class _TurnedLinear(nn.Linear):
-    """A linear layer that multiplies the two rows of a stacked decoding step from the other side.
+    """A linear layer that multiplies the few rows of a stacked decoding step from the other side.
 
-    In fp32 on a CPU, MKL takes twice as long for x W^T as for W x^T where x has two rows (benchmarks/two_rows.py), and
-    a decoding step of one sequence is little else. A class, not a hook: a hook cannot replace what is computed.
+    In fp32 on a CPU, MKL takes up to three times as long for x W^T as for W x^T where x has two to four rows
+    (benchmarks/few_rows.py), and decoding one or two sequences is little else. A class, not a hook: a hook cannot
+    replace what is computed.
     """
 
     _stacked: "StackedPass"
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self._stacked.rows or input.numel() != 2 * self.in_features:
+        if not self._stacked.rows or input.numel() > _FEW_ROWS * self.in_features:
             return super().forward(input)
-        output = torch.mm(self.weight, input.reshape(2, -1).t()).t().contiguous()
+        output = torch.mm(self.weight, input.reshape(-1, self.in_features).t()).t().contiguous()
         output = output if self.bias is None else output + self.bias
         return output.view(*input.shape[:-1], -1)
 

@@ -10,22 +10,20 @@ results (`docs/performance.md` has the measurements):
 """
 
 import copy
-import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
 from ..errors import UsageError
-from .adapters import adapter_layers, adapters_off
+from .adapters import adapter_layers, adapters_off, dropout_off
 from .cache import PairedCache, StackedCache, TwinCache, is_allocated, is_empty, pair, pair_with_empty_copy, stack
 from .stacked import StackedPass, tuned_half
-
-logger = logging.getLogger(__name__)
+from .trial import same_memories
 
 Plan = Literal["auto", "stacked", "two_pass"]
 
@@ -150,7 +148,8 @@ class Twin:
         if self._stackable is None:
             self._stackable = False  # while it is tried
             if self._trunk < len(self._blocks):
-                self._stackable = same_memories(self, self._stacked_states)
+                self._stackable = same_memories(self.decoder, self.layers, self._stacked_states)
+                self.idle()
             if not self._stackable:
                 if self._stacked is not None:
                     self._stacked.remove()
@@ -167,7 +166,8 @@ class Twin:
         """Whether the frozen pass may leave the shared trunk out on this model; tried once, on a few tokens."""
         if self._replayable is None:
             self._replayable = False
-            self._replayable = same_memories(self, self._replayed_states, tokens=0)
+            self._replayable = same_memories(self.decoder, self.layers, self._replayed_states, tokens=0)
+            self.idle()
         return self._replayable
 
     def _drops_below_the_fork(self) -> bool:
@@ -179,9 +179,8 @@ class Twin:
 
     def _stacked_states(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         self._stack().begin(*inputs["input_ids"].shape)
-        output = self.decoder.forward(**inputs)
+        original, enhanced = self.decoder.forward(**inputs)[0].chunk(2)
         self.idle()
-        original, enhanced = output[0].chunk(2)
         return original, enhanced
 
     def _replayed_states(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -213,63 +212,6 @@ class Twin:
     def _capture(self, block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._capturing:
             self._trunk_output = output
-
-
-@torch.compiler.disable
-def same_memories(twin: Twin, run: Callable[[dict[str, Any]], tuple[Tensor, Tensor]], tokens: int = 1) -> bool:
-    """Whether `run` gives the states [B, T, d] of both memories that two plain passes give.
-
-    Tried with a prompt, of which one row is padded, and `tokens` (0 or 1) behind it. The adapter may not have learned
-    anything yet, so every adapted layer's output is doubled for the trial: rows that take a wrong turn then show.
-    """
-    decoder: Any = twin.decoder
-    device = next(decoder.parameters()).device
-    prompt = torch.tensor([[1, 2, 3], [3, 1, 2]], device=device)
-    mask = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]], device=device)
-    marks = [layer.register_forward_hook(_twice_if_on, prepend=True) for layer in twin.layers]
-    try:
-        with torch.no_grad(), dropout_off(decoder):
-            caches = [DynamicCache(config=decoder.config) for _ in range(3)]
-            for ids, attended in ((prompt, mask[:, :3]), (prompt[:, -1:], mask))[: 1 + tokens]:
-                inputs = {"input_ids": ids, "attention_mask": attended, "use_cache": True}
-                enhanced = decoder.forward(**inputs, past_key_values=caches[0])[0]
-                with adapters_off(twin.layers):
-                    original = decoder.forward(**inputs, past_key_values=caches[1])[0]
-                if not _agree(run(inputs | {"past_key_values": caches[2]}), (original, enhanced), attended):
-                    return False
-        return True
-    except Exception as error:  # whatever a model does that we did not foresee
-        logger.info("%s is run in two plain passes: %s", type(decoder).__name__, error)
-        return False
-    finally:
-        twin.idle()
-        for mark in marks:
-            mark.remove()
-
-
-def _twice_if_on(layer: Any, args: tuple[Any, ...], output: Any) -> Any:
-    return output if layer.disable_adapters else output * 2
-
-
-def _agree(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], attended: Tensor) -> bool:
-    """Whether each memory is found much nearer to itself than the two are to each other."""
-    kept = attended[:, -found[0].shape[1] :].bool()
-    pairs = [(f[kept].float(), e[kept].float()) for f, e in zip(found, expected, strict=True)]
-    apart = (pairs[0][1] - pairs[1][1]).norm()
-    return all(bool((f - e).norm() <= 0.1 * apart) for f, e in pairs)
-
-
-@contextmanager
-def dropout_off(module: nn.Module) -> Iterator[None]:
-    """Run the block in evaluation mode: the original memory is a constant, also while training."""
-    training = [m for m in module.modules() if m.training] if module.training else []
-    try:
-        for m in training:
-            m.training = False
-        yield
-    finally:
-        for m in training:
-            m.training = True
 
 
 @contextmanager

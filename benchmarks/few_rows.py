@@ -1,4 +1,4 @@
-"""A few rows times weight matrices, from either side: why the stacked pass turns the product of two rows.
+"""A few rows times weight matrices, from either side: why the stacked pass turns the product of two to four rows.
 
 `x_wt` is what a linear layer computes; `w_xt` is the same numbers as W x^T. A decoding step of one sequence multiplies
 the two rows of both memories by every weight, so it takes as long as this product.
@@ -18,7 +18,7 @@ MATRICES = 40  # more than fits into a cache, as in a model
 
 
 def parser() -> Any:
-    found = base_parser("two_rows", __doc__, repeats=15)
+    found = base_parser("few_rows", __doc__, repeats=15)
     found.add_argument("--rows", type=int, nargs="+", default=[1, 2, 3, 4, 8])
     return found
 
