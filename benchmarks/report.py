@@ -24,8 +24,7 @@ IMSM runs one set of weights twice: frozen, and with the adapter. The question i
   (LoRA, r 16, on `q_proj` and `v_proj`).
 - **two_pass** runs the model once with the adapter and once without.
 - **stacked** runs it once over twice the rows, `[frozen; tuned]`; every base weight is read once for both memories.
-- **auto** is the default: stacked in generation, where it is the faster one at every size measured below, two passes in
-  training and scoring.
+- **auto** is the default: stacked in generation, two passes in training and scoring.
 - **published** is our own plain writing of the published decoding loop: two copies of the model, no cache, one row.
 
 How it is measured: the weights are random, since speed depends on shapes only. All systems run in one process and take

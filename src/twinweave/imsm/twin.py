@@ -31,10 +31,11 @@ Plan = Literal["auto", "stacked", "two_pass"]
 class Twin:
     """The two passes of one decoder.
 
-    `plan` is how inference runs them. "auto" stacks whatever has a cache: from 1 to 64 rows and from 8 to 512 tokens of
-    prompt, no size was measured at which two passes are faster. Without a cache it takes two passes, which are as
-    fast there, need less memory, and give the base's own bits where the adapter has learned nothing. Calls with
-    gradients or in training mode take two passes whatever the plan; a cache is continued in the form it was begun in.
+    `plan` is how inference runs them. "auto" stacks whatever has a cache: decoding was faster stacked at every size
+    measured, from 1 to 64 rows, and so were prompts of up to 2,000 tokens a batch (on a CPU, 16 prompts of 512 tokens
+    took a tenth longer than in two passes). Without a cache it takes two passes, which are as fast there, need less
+    memory, and give the base's own bits where the adapter has learned nothing. Calls with gradients or in training mode
+    take two passes whatever the plan; a cache is continued in the form it was begun in.
     """
 
     def __init__(self, decoder: nn.Module, plan: Plan = "auto") -> None:
