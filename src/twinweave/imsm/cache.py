@@ -25,26 +25,26 @@ class TwinCache(Cache):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Beam search: row i continues from row beam_idx[i]."""
-        self._reorder(beam_idx)
+        super().reorder_cache(beam_idx)
         if self.query is not None:
             self.query.select(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row `repeats` times."""
-        self._repeat(repeats)
+        super().batch_repeat_interleave(repeats)
         if self.query is not None:
             self.query.select(torch.arange(self.query.rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the given rows."""
-        self._select(indices)
+        super().batch_select_indices(indices)
         if self.query is not None:
             self.query.select(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens (transformers counts them negatively)."""
         before = self.get_seq_length()
-        self._crop(tokens_to_remove)
+        super().crop(tokens_to_remove)
         if self.query is not None:
             self.query.crop(before - self.get_seq_length())
 
@@ -53,44 +53,36 @@ class TwinCache(Cache):
         super().reset()
         self.query = None
 
-    def _reorder(self, beam_idx: torch.LongTensor) -> None:
-        super().reorder_cache(beam_idx)
-
-    def _repeat(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-
-    def _select(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-
-    def _crop(self, tokens_to_remove: int) -> None:
-        super().crop(tokens_to_remove)
-
 
 class PairedCache(TwinCache):
     """Two passes: the cache of the enhanced memory, which carries the original memory's with it."""
 
     original: Cache
 
-    def reset(self) -> None:
-        """Forget everything; the memory stays allocated."""
-        super().reset()
-        self.original.reset()
-
-    def _reorder(self, beam_idx: torch.LongTensor) -> None:
-        super()._reorder(beam_idx)
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """See TwinCache."""
+        super().reorder_cache(beam_idx)
         self.original.reorder_cache(beam_idx)
 
-    def _repeat(self, repeats: int) -> None:
-        super()._repeat(repeats)
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """See TwinCache."""
+        super().batch_repeat_interleave(repeats)
         self.original.batch_repeat_interleave(repeats)
 
-    def _select(self, indices: Tensor) -> None:
-        super()._select(indices)
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See TwinCache."""
+        super().batch_select_indices(indices)
         self.original.batch_select_indices(indices)
 
-    def _crop(self, tokens_to_remove: int) -> None:
-        super()._crop(tokens_to_remove)
+    def crop(self, tokens_to_remove: int) -> None:
+        """See TwinCache."""
+        super().crop(tokens_to_remove)
         self.original.crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """See TwinCache."""
+        super().reset()
+        self.original.reset()
 
 
 class StackedCache(TwinCache):
@@ -104,24 +96,32 @@ class StackedCache(TwinCache):
         """The rows of whoever uses the cache, B."""
         return self.rows
 
-    def _reorder(self, beam_idx: torch.LongTensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """See TwinCache."""
         for layer, rows in self._rows_by_layer(beam_idx):
             layer.reorder_cache(rows)
-        self.rows = len(beam_idx)
+        self._keep(beam_idx)
 
-    def _repeat(self, repeats: int) -> None:
-        super()._repeat(repeats)
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """See TwinCache."""
+        super().batch_repeat_interleave(repeats)
         self.rows *= repeats
 
-    def _select(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """See TwinCache."""
         indices = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
         for layer, rows in self._rows_by_layer(indices):
             layer.batch_select_indices(rows)
-        self.rows = len(indices)
+        self._keep(indices)
 
     def _rows_by_layer(self, rows: Tensor) -> list[tuple[Any, Tensor]]:
         both = torch.cat((rows, rows + self.rows))
         return [(layer, rows if i < self.trunk else both) for i, layer in enumerate(self.layers)]
+
+    def _keep(self, rows: Tensor) -> None:
+        self.rows = len(rows)
+        if self.query is not None:
+            self.query.select(rows)
 
 
 def pair(cache: Cache, original: Cache) -> PairedCache:
