@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
@@ -17,19 +17,30 @@ from .errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, 
 from .files import read_safetensors
 from .imsm import IMSMConfig, IMSMModel, get_imsm_model
 from .imsm.checks import check_adapter, check_base
+from .rehearsal import MakeTerm, adapter_rehearsal, gate_rehearsal, replay
 
 Build = Callable[[PreTrainedModel, PeftConfig, IMSMConfig], PeftModel]
 Load = Callable[[str, PreTrainedModel], PeftModel]
 
 
 @dataclass(frozen=True)
+class Knob:
+    """A setting that a method is swept over."""
+
+    name: str
+    """What recipes (in `sweeps`) and results call it."""
+    values: tuple[float, ...]
+    """The small sweep of a recipe that does not say another."""
+    multiplies: Literal["learning_rate", "steps", "term"] = "term"
+    """Where a model is trained at each value: what of the recipe the value is a multiple of."""
+
+
+@dataclass(frozen=True)
 class Dial:
-    """A knob of a trained model: nothing is trained again, the same weights are scored at several settings."""
+    """What a knob turns where nothing is trained again: the same weights are scored at several settings."""
 
     of: str
     """The method whose trained weights are dialled."""
-    knob: str
-    """The name of the knob, as recipes and results call it."""
     apply: Callable[[Any, float], AbstractContextManager[Any]]
     """Sets the knob of a model for the length of a block."""
 
@@ -46,6 +57,13 @@ class Method:
     dial: Dial | None = None
     own_learning_rates: dict[str, str] = field(default_factory=dict)
     """Prefix of parameter names -> the key of the recipe's training section that holds their learning rate."""
+    knob: Knob | None = None
+    term: MakeTerm | None = None
+    """What is added to the task's loss."""
+    rehearses: Literal["never", "if on", "always"] = "never"
+    """Whether training uses the recipe's rehearsal: where it is on, or not without it."""
+    guarded: bool = False
+    """Whether a trained model gets the recipe's domain guard."""
 
 
 def _plain(base: PreTrainedModel, peft_config: PeftConfig, imsm_config: IMSMConfig) -> PeftModel:
@@ -143,10 +161,23 @@ METHODS: dict[str, Method] = {
             "plain PEFT × λ",
             "The trained adapter scaled by λ afterwards (WiSE-FT); swept, nothing is trained again.",
             load=load_plain,
-            dial=Dial("peft", "scale", _scale),
+            dial=Dial("peft", _scale),
+            knob=Knob("scale", (0.25, 0.5, 0.75)),
         ),
-        Method("imsm", "IMSM", "Both memories, fused by the query-aware gate.", _woven("query_gate"), _load_woven,
-               own_learning_rates=_GATE),
+        Method("peft_rate", "plain PEFT, other learning rates", "The adapter alone, at multiples of its learning rate.",
+               _plain, load_plain, knob=Knob("rate", (0.1, 0.3), "learning_rate")),
+        Method("peft_steps", "plain PEFT, fewer steps", "The adapter alone, with a share of the steps.",
+               _plain, load_plain, knob=Knob("steps", (0.1, 0.3), "steps")),
+        Method("peft_rehearsal", "plain PEFT + rehearsal", "The adapter alone, with the same rehearsal and no gate.",
+               _plain, load_plain, knob=Knob("rehearsal_weight", (1.0, 4.0)), term=adapter_rehearsal,
+               rehearses="always"),
+        Method("peft_replay", "plain PEFT + replay", "The adapter alone, trained on general text beside the task.",
+               _plain, load_plain, knob=Knob("replay_weight", (0.3, 1.0)), term=replay, rehearses="always"),
+        Method("imsm", "IMSM", "Both memories, fused by the query-aware gate, with the recipe's rehearsal and guard.",
+               _woven("query_gate"), _load_woven, own_learning_rates=_GATE, term=gate_rehearsal, rehearses="if on",
+               guarded=True),
+        Method("imsm_published", "IMSM as published", "IMSM without rehearsal and guard, as in its paper.",
+               _woven("query_gate"), _load_woven, own_learning_rates=_GATE),
         Method("imsm_gate", "IMSM, gate without query", "Both memories, fused by a gate that does not see the query.",
                _woven("gate"), _load_woven, own_learning_rates=_GATE),
         Method("imsm_average", "IMSM, 1:1 average", "Both memories in equal shares, without a gate.",
@@ -156,7 +187,16 @@ METHODS: dict[str, Method] = {
             "IMSM, retention dial",
             "The trained IMSM model, its gate shifted towards the original memory; swept, nothing is trained again.",
             load=_load_woven,
-            dial=Dial("imsm", "retention", _retention),
+            dial=Dial("imsm", _retention),
+            knob=Knob("retention", (1.0, 2.0, 3.0)),
+        ),
+        Method(
+            "imsm_published_retention",
+            "IMSM as published, retention dial",
+            "IMSM as published, its gate shifted towards the original memory; swept, nothing is trained again.",
+            load=_load_woven,
+            dial=Dial("imsm_published", _retention),
+            knob=Knob("retention", (1.0, 2.0, 3.0)),
         ),
     )
 }  # fmt: skip
@@ -167,6 +207,11 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise UsageError(unknown_name("method", name, METHODS))
     return METHODS[name]
+
+
+def knobs() -> dict[str, Knob]:
+    """Every knob by its name."""
+    return {method.knob.name: method.knob for method in METHODS.values() if method.knob}
 
 
 def label_of(name: str, peft_type: str) -> str:

@@ -20,7 +20,17 @@ from ..fingerprint import fingerprint
 from ..imsm import IMSMModel
 from ..methods import Method, get_method
 from ..progress import say
-from ..training import Recipe, fit, free_memory, load_base, load_tokenizer, load_training_data, remove_store
+from ..rehearsal import RehearsalRows
+from ..training import (
+    Recipe,
+    fit,
+    free_memory,
+    load_base,
+    load_rehearsal,
+    load_tokenizer,
+    load_training_data,
+    remove_store,
+)
 from .check import check_run
 from .results import assemble, average_scores
 from .store import RESULTS_NAME, RunFolder
@@ -31,7 +41,7 @@ def train(recipe: Recipe) -> dict[str, Any]:
     method, seed = get_method(recipe.method), recipe.seeds[0]
     run = RunFolder(recipe.output_dir, recipe, f"train {method.name}, seed {seed}")
     session = _Session(recipe, run, [method])
-    cell = session.trained_cell(method, seed, run.path, "cell")
+    cell = session.trained_cell(method, seed, {}, run.path, "cell")
     return session.finish([cell])
 
 
@@ -42,11 +52,9 @@ def compare(recipe: Recipe) -> dict[str, Any]:
     session = _Session(recipe, run, methods)
     cells = []
     for seed in recipe.seeds:
-        for method in (m for m in methods if m.dial is None):
-            name = f"{method.name}-seed{seed}"
-            cells.append(session.trained_cell(method, seed, run.path / "cells" / name, f"cells/{name}/cell"))
-        for method in (m for m in methods if m.dial is not None):
-            cells += session.dialled_cells(method, seed)
+        for method in sorted(methods, key=lambda method: method.dial is not None):  # what is dialled is trained before
+            for setting in recipe.sweep(method):
+                cells.append(session.cell(method, seed, setting))
     return session.finish(cells)
 
 
@@ -59,6 +67,7 @@ class _Session:
         self.tasks: list[Task] = [recipe.target, *recipe.retained]
         self.frozen_folder = run.path / "frozen"  # shared by all IMSM methods and seeds, which have the same rows
         self._data: dict[int, TrainingData] = {}
+        self._rehearsal: RehearsalRows | None = None
         if not run.begun:  # what is wrong is said before time is spent and files are written
             check_run(recipe, methods, self._training_data(recipe.seeds[0]))
         self.base = run.part("base", self._score_base)
@@ -69,17 +78,16 @@ class _Session:
         remove_store(self.frozen_folder)
         return results
 
-    def trained_cell(self, method: Method, seed: int, folder: Path, part: str) -> dict[str, Any]:
-        return self.run.part(part, partial(self._train_and_score, method, seed, folder))
+    def trained_cell(
+        self, method: Method, seed: int, setting: dict[str, float], folder: Path, part: str
+    ) -> dict[str, Any]:
+        return self.run.part(part, partial(self._train_and_score, method, seed, setting, folder))
 
-    def dialled_cells(self, method: Method, seed: int) -> list[dict[str, Any]]:
-        dial = method.dial
-        assert dial is not None
-        cells = []
-        for value in self.recipe.sweeps.get(dial.knob, []):  # type: ignore[call-overload]
-            part = f"cells/{method.name}-{dial.knob}={value!r}-seed{seed}"
-            cells.append(self.run.part(part, partial(self._dial_and_score, method, seed, value)))
-        return cells
+    def cell(self, method: Method, seed: int, setting: dict[str, float]) -> dict[str, Any]:
+        name = "-".join([method.name, *(f"{knob}={value!r}" for knob, value in setting.items()), f"seed{seed}"])
+        if method.dial is not None:
+            return self.run.part(f"cells/{name}", partial(self._dial_and_score, method, seed, setting))
+        return self.trained_cell(method, seed, setting, self.run.path / "cells" / name, f"cells/{name}/cell")
 
     # --- the parts ------------------------------------------------------------------------------------------------
 
@@ -93,13 +101,24 @@ class _Session:
         counts = scores.pop("counts")
         return {**facts, "scores": by_task, "counts": counts, **average_scores(self.recipe, by_task)}
 
-    def _train_and_score(self, method: Method, seed: int, folder: Path) -> dict[str, Any]:
-        say(f"{method.label}, seed {seed}: training")
-        data = self._training_data(seed)
-        training = fit(self.recipe, method, seed, data, self.tokenizer, folder, self.frozen_folder)
+    def _train_and_score(self, method: Method, seed: int, setting: dict[str, float], folder: Path) -> dict[str, Any]:
+        say(f"{_shown(method, setting)}, seed {seed}: training")
+        training = fit(
+            self.recipe,
+            method,
+            seed,
+            self._training_data(seed),
+            self.tokenizer,
+            folder,
+            setting=setting,
+            rehearsal=self._rehearsal_rows() if method.rehearses != "never" else None,
+            frozen_folder=self.frozen_folder,
+        )
         model = self._load(method, folder / "best")
-        say(f"{method.label}, seed {seed}: scoring")
-        record = self._record(method, seed, {}, model) | {k: v for k, v in asdict(training).items() if k != "steps"}
+        say(f"{_shown(method, setting)}, seed {seed}: scoring")
+        record = self._record(method, seed, setting, model) | {
+            k: v for k, v in asdict(training).items() if k != "steps"
+        }
         first = seed == self.recipe.seeds[0]
         if isinstance(model, IMSMModel) and first and self.recipe.evaluation.lens_prompts:
             record["lens"] = read_lens(model, self.tokenizer, self.tasks, self.recipe.evaluation.lens_prompts)
@@ -107,13 +126,13 @@ class _Session:
         free_memory()
         return record
 
-    def _dial_and_score(self, method: Method, seed: int, value: float) -> dict[str, Any]:
-        dial = method.dial
+    def _dial_and_score(self, method: Method, seed: int, setting: dict[str, float]) -> dict[str, Any]:
+        dial, (value,) = method.dial, setting.values()
         assert dial is not None
-        say(f"{method.label}, {dial.knob} {value:g}, seed {seed}: scoring")
+        say(f"{_shown(method, setting)}, seed {seed}: scoring")
         model = self._load(method, self.run.path / "cells" / f"{dial.of}-seed{seed}" / "best")
         with dial.apply(model, value):
-            record = self._record(method, seed, {dial.knob: value}, model)
+            record = self._record(method, seed, setting, model)
         free_memory()
         return record
 
@@ -154,6 +173,12 @@ class _Session:
             self._data[seed] = data
         return self._data[seed]
 
+    def _rehearsal_rows(self) -> RehearsalRows | None:
+        """The same rows for every method and seed; None where the recipe's rehearsal is off."""
+        if self._rehearsal is None and self.recipe.rehearsal is not None:
+            self._rehearsal = load_rehearsal(self.recipe, self.tokenizer, self.run.path / "rehearsal")
+        return self._rehearsal
+
     def _report(self, data: TrainingData) -> None:
         if self._data:  # said once
             return
@@ -164,3 +189,7 @@ class _Session:
         )
         for warning in report.warnings:
             say(f"[yellow]warning:[/yellow] {escape(warning)}")
+
+
+def _shown(method: Method, setting: dict[str, float]) -> str:
+    return ", ".join([method.label, *(f"{knob} {value:g}" for knob, value in setting.items())])

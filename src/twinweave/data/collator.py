@@ -36,7 +36,7 @@ def attention_mask_of(rows: Sequence[Sequence[int]], *, side: Side = "right", mu
 
 @dataclass
 class CompletionCollator:
-    """Collates rows of `input_ids` and `labels`; other columns are left out.
+    """Collates rows of `input_ids` and `labels`, and `query_mask` where there is one; other columns are left out.
 
     Attributes:
         tokenizer: gives the padding id.
@@ -49,13 +49,18 @@ class CompletionCollator:
     pad_to_multiple_of: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """LongTensors `input_ids`, `attention_mask` and `labels`, each [B, T]; labels of padding are -100."""
+        """LongTensors `input_ids`, `attention_mask` and `labels`, each [B, T]; labels of padding are -100. With
+        `query_mask` in the rows that too, and padding is no part of a query."""
         ids = [row["input_ids"] for row in rows]
         labels = [row["labels"] for row in rows]
         side, multiple_of = self.padding_side, self.pad_to_multiple_of
         pad_id = self.tokenizer.pad_token_id
-        return {
+        batch = {
             "input_ids": pad_rows(ids, pad_id, side=side, multiple_of=multiple_of),
             "attention_mask": attention_mask_of(ids, side=side, multiple_of=multiple_of),
             "labels": pad_rows(labels, IGNORED_LABEL, side=side, multiple_of=multiple_of),
         }
+        if "query_mask" in rows[0]:
+            asked = [row["query_mask"] for row in rows]
+            batch["query_mask"] = pad_rows(asked, 0, side=side, multiple_of=multiple_of)
+        return batch

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import kl_div, pad
 
 from ..errors import UsageError
 from .gate import MemoryGate
@@ -136,7 +136,7 @@ def weave_at_labels(
 
 
 def hand_on(output: Any, states: Tensor) -> Any:
-    """The decoder's `output` (ModelOutput or tuple) with `states` [1, N, d] and one row of zeros as its last hidden
+    """The decoder's `output` (ModelOutput or tuple) with `states` [B, N, d] and one row of zeros as its last hidden
     state: models shift their labels by one, so N states need a place behind them."""
     padded = pad(states, (0, 0, 0, 1))
     if isinstance(output, tuple):
@@ -146,14 +146,27 @@ def hand_on(output: Any, states: Tensor) -> Any:
 
 
 def trim(output: Any, count: int) -> Any:
-    """The model's `output` (ModelOutput or tuple) with logits for the N labels alone, [1, N, V]."""
+    """The model's `output` (ModelOutput or tuple) with logits for the N labels alone, [B, N, V]."""
 
     def cut(value: Any) -> Any:
-        is_logits = isinstance(value, Tensor) and value.ndim == 3 and value.shape[:2] == (1, count + 1)
+        is_logits = isinstance(value, Tensor) and value.ndim == 3 and value.shape[1] == count + 1
         return value[:, :count] if is_logits else value
 
     if isinstance(output, tuple):
         return tuple(cut(value) for value in output)
     if output.logits is not None:  # a fused loss may make none
         output.logits = cut(output.logits)
+    return output
+
+
+def compared(output: Any) -> Any:
+    """The model's `output` for the interwoven and the original memory, logits [2, N, V], with their divergence
+    KL(original ‖ interwoven), in nats per position, as its loss, and the interwoven logits [1, N, V] alone."""
+    is_tuple = isinstance(output, tuple)
+    logits = output[0] if is_tuple else output.logits
+    woven, original = logits.float().log_softmax(-1).unbind(0)
+    loss = kl_div(woven, original.detach(), log_target=True, reduction="sum") / max(len(woven), 1)
+    if is_tuple:
+        return (loss, logits[:1], *output[1:])
+    output.loss, output.logits = loss, logits[:1]
     return output

@@ -5,7 +5,7 @@ Knows nothing about training loops, data or evaluation. The arithmetic is in `ga
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -21,11 +21,22 @@ from .cache import TwinCache, is_empty
 from .checks import adapted_behind, check_adapter, check_base, misfit, take_adapter_out
 from .config import IMSMConfig
 from .gate import MemoryGate
-from .labels import FrozenStates, LabelPlaces, check_frozen, find_places, hand_on, read_frozen, trim, weave_at_labels
+from .labels import (
+    FrozenStates,
+    LabelPlaces,
+    check_frozen,
+    compared,
+    find_places,
+    hand_on,
+    read_frozen,
+    trim,
+    weave_at_labels,
+)
 from .twin import Plan, Twin
 from .weave import Call, weave, with_last_hidden_state
 
 Memory = Literal["original", "enhanced", "interwoven"]
+Rehearse = Literal["gate", "both"]
 
 
 def get_imsm_model(
@@ -99,6 +110,8 @@ class IMSMModel(PeftModelForCausalLM):
         self._twin.idle()
         if self._call.places is not None:
             self._prepare_labels(self._call, self._call.places, args, kwargs)
+            if self._call.without_graph:
+                torch.set_grad_enabled(False)  # until the decoder's end
         elif self._memory == "interwoven":
             self._twin.begin(args, kwargs)
         elif isinstance(kwargs.get("past_key_values"), TwinCache):
@@ -111,6 +124,8 @@ class IMSMModel(PeftModelForCausalLM):
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         if self._call.places is not None:
+            if self._call.without_graph:
+                torch.set_grad_enabled(True)
             return self._at_labels(self._call, self._call.places, args, kwargs, output)
         if self._memory != "interwoven":
             return output
@@ -145,6 +160,8 @@ class IMSMModel(PeftModelForCausalLM):
         fused, share = weave_at_labels(self.gate, places, call.frozen, states, self.retention)
         if call.keep_gate:
             call.gate = share
+        if call.rehearse:
+            fused = torch.cat((fused, call.frozen.states.unsqueeze(0).to(fused.dtype)))
         return hand_on(output, fused)
 
     @contextmanager
@@ -183,6 +200,7 @@ class IMSMModel(PeftModelForCausalLM):
         output_gate: bool = False,
         logits_at_labels: bool = False,
         frozen: FrozenStates | None = None,
+        rehearse: Rehearse | None = None,
         **kwargs: Any,
     ) -> Any:
         """The base model's forward, woven.
@@ -195,6 +213,10 @@ class IMSMModel(PeftModelForCausalLM):
         is [1, N, V] and `out.gate` [1, N, d], in row-major order; loss and gradients are the same, and
         `out.hidden_states` are the enhanced memory's. `frozen`: what `frozen_states` gave for the same batch; no
         frozen pass is run.
+
+        `rehearse`: `out.loss` becomes the divergence KL(original ‖ interwoven) of the next-token distributions at the N
+        label positions, in nats per token, and only the gate ("gate") or gate and adapter ("both") learn from it; the
+        labels say where, and their values count for nothing.
         """
         source = input_ids if input_ids is not None else inputs_embeds
         if query_mask is not None and source is not None and query_mask.shape[0] != source.shape[0]:
@@ -203,14 +225,14 @@ class IMSMModel(PeftModelForCausalLM):
             )
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         call = Call(attention_mask=mask, query_mask=query_mask, labels=labels, keep_gate=output_gate, frozen=frozen)
-        if logits_at_labels:
+        if logits_at_labels or rehearse:
             call.places = _places(source, labels, mask, query_mask, kwargs.get("past_key_values"))
-            labels = call.places.targets
+            labels = call.places.targets if not rehearse else None
             if frozen is not None:
                 check_frozen(frozen, call.places, self.gate.hidden_size)
         elif frozen is not None:
             raise UsageError("frozen holds states at label positions: it goes with logits_at_labels=True.")
-        with self._calling(call):
+        with self._calling(call), self._rehearsing(call, rehearse):
             output = super().forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -220,6 +242,8 @@ class IMSMModel(PeftModelForCausalLM):
             )
         if call.places is not None:
             output = trim(output, call.places.count)
+        if rehearse:
+            output = compared(output)
         if not output_gate:
             return output
         shape = (1, call.places.count) if call.places is not None else source.shape[:2]  # type: ignore[union-attr]
@@ -228,6 +252,25 @@ class IMSMModel(PeftModelForCausalLM):
             return (*output, gate)
         output["gate"] = gate
         return output
+
+    @contextmanager
+    def _rehearsing(self, call: Call, rehearse: Rehearse | None) -> Iterator[None]:
+        """What is different about a call that rehearses: both memories reach the head, and for the gate's rehearsal
+        the decoder's passes are constants, as at inference: no graph, no dropout."""
+        if rehearse is None:
+            yield
+            return
+        if rehearse not in get_args(Rehearse):
+            raise UsageError(unknown_name("rehearse", str(rehearse), get_args(Rehearse)))
+        if self._memory != "interwoven":
+            raise UsageError(f"use_memory('{self._memory}') has one memory, and rehearsal compares two.")
+        graph = torch.is_grad_enabled()
+        call.rehearse, call.without_graph = True, graph and rehearse == "gate"
+        with dropout_off(self._twin.decoder) if rehearse == "gate" else nullcontext():
+            try:
+                yield
+            finally:
+                torch.set_grad_enabled(graph)
 
     def _constant_gate(self, shape: Sequence[int]) -> Tensor:
         """With one memory in use its share is all or nothing."""

@@ -1,7 +1,7 @@
 """Training: recipes, loading the base, transformers' Trainer with whole checkpoints, and one fit of one method."""
 
 from .base import default_device, free_memory, load_base, load_tokenizer, load_window
-from .fit import Training, fit, load_training_data
+from .fit import Training, fit, load_rehearsal, load_training_data
 from .frozen_choice import remove_store
 from .frozen_store import FrozenStore
 from .recipe import Recipe, load_recipe
@@ -17,6 +17,7 @@ __all__ = [
     "free_memory",
     "load_base",
     "load_recipe",
+    "load_rehearsal",
     "load_tokenizer",
     "load_training_data",
     "load_window",

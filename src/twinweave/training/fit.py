@@ -9,21 +9,29 @@ import json
 import math
 import resource
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from ..data import CompletionCollator, TrainingData, prepare_training_data
 from ..errors import DataError, RecipeError
 from ..evaluation import read_examples
 from ..files import atomic_directory, write_json_atomic
+from ..fingerprint import fingerprint
+from ..imsm.labels import FrozenStates
 from ..methods import Method
+from ..rehearsal import Materials, RehearsalRows, Written, load_sequences, make_rows, read_sequences, write_sequences
 from . import checkpoints
 from .base import free_memory, load_base, load_window
-from .frozen_choice import frozen_store_for, remove_store
+from .frozen_choice import frozen_store_for, rehearsal_store_folder, remove_store
+from .frozen_store import FrozenStore, tokenizer_digest
 from .recipe import Recipe, TrainingSection
 from .trainer import TwinweaveTrainer
 
@@ -52,10 +60,14 @@ def fit(
     data: TrainingData,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
+    *,
+    setting: Mapping[str, float] | None = None,
+    rehearsal: RehearsalRows | None = None,
     frozen_folder: Path | None = None,
 ) -> Training:
     """Train `method` on `data` and leave the models `folder/best` and `folder/last`. Raises TrainingError.
 
+    `setting`: knob -> value, where the method has one. `rehearsal`: general text for methods that use it.
     `frozen_folder`: where trainings on the same rows share the store that `training.frozen_store=auto` makes; whoever
     gives it removes it. Without it the store is the training's own.
     """
@@ -63,22 +75,34 @@ def fit(
     if finished.is_file():
         return Training(**json.loads(finished.read_text(encoding="utf-8")))
     assert method.build is not None
-    section = recipe.training
+    section, weight = _at_setting(recipe.training, method, setting or {}, len(data.train))
     steps = total_steps(section, len(data.train))
     set_seed(seed)
     base = load_base(recipe.base)
     model = method.build(base, recipe.peft_config(steps), recipe.imsm_config())
     arguments, collator = _arguments(section, seed, steps, folder, data), CompletionCollator(tokenizer)
     own_frozen_folder = folder / "frozen"
+    frozen = frozen_folder or own_frozen_folder
+    if section.frozen_store not in ("auto", "off"):
+        frozen = Path(section.frozen_store)
+    stores = partial(frozen_store_for, section, model, tokenizer=tokenizer, arguments=arguments, collator=collator)
+    materials = Materials(seed, weight, rehearsal)
+    if rehearsal is not None:
+        readings = steps / rehearsal.settings.every * rehearsal.settings.batch_size
+        store = stores(rehearsal.rows, readings=readings, folder=rehearsal_store_folder(frozen))
+        materials = replace(materials, frozen=partial(_stored, store) if store is not None else None)
     trainer = TwinweaveTrainer(
         model=model,
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.validation if len(data.validation) else None,
         data_collator=collator,
-        frozen_store=frozen_store_for(
-            section, model, data, collator, tokenizer, arguments, frozen_folder or own_frozen_folder
+        frozen_store=stores(
+            datasets.concatenate_datasets([data.train, data.validation]),
+            readings=_readings(section, len(data.train), arguments.world_size),
+            folder=frozen,
         ),
+        term=method.term(model, materials) if method.term is not None else None,
         own_learning_rates={p: getattr(section, key) for p, key in method.own_learning_rates.items()},
     )
     _reset_peak_memory()
@@ -122,6 +146,56 @@ def load_training_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed:
     if not len(data.train):
         raise DataError(f"{section.data} leaves no rows to train on. Give more rows, or a validation file.")
     return data
+
+
+def load_rehearsal(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> RehearsalRows:
+    """The general text that the recipe asks for: written by the base, once, into `folder`, or the user's own."""
+    settings = recipe.rehearsal
+    assert settings is not None
+    written: list[Written] = []
+    if settings.sequences:
+        base = load_base(recipe.base)
+        identity = {
+            "base": str(fingerprint(base)),
+            "tokenizer": tokenizer_digest(tokenizer),
+            **settings.model_dump(include={"sequences", "length", "temperature", "chat", "seed"}),
+        }
+        written += load_sequences(folder, identity, partial(write_sequences, base, tokenizer, settings))
+        free_memory()
+    if settings.text is not None:
+        written += read_sequences(tokenizer, settings)
+    rows = make_rows(written, settings)
+    if not len(rows):
+        raise DataError("rehearsal leaves nothing to rehearse: give sequences, or text, or set rehearsal=off.")
+    return RehearsalRows(rows, CompletionCollator(tokenizer), settings)
+
+
+def _at_setting(
+    section: TrainingSection, method: Method, setting: Mapping[str, float], rows: int
+) -> tuple[TrainingSection, float]:
+    """The section at a setting of the method's knob, and the weight of the method's term there."""
+    if method.knob is None or method.knob.name not in setting:
+        return section, 1.0
+    value = setting[method.knob.name]
+    if method.knob.multiplies == "learning_rate":
+        return section.model_copy(update={"learning_rate": section.learning_rate * value}), 1.0
+    if method.knob.multiplies == "steps":
+        return section.model_copy(update={"max_steps": max(1, round(value * total_steps(section, rows)))}), 1.0
+    return section, value
+
+
+def _readings(section: TrainingSection, rows: int, processes: int) -> float:
+    """How many rows a training reads, a row as often as it is read."""
+    if section.max_steps is None:
+        return section.epochs * rows
+    return section.max_steps * section.batch_size * section.gradient_accumulation * processes
+
+
+def _stored(store: FrozenStore, batch: Mapping[str, Tensor]) -> FrozenStates:
+    labels = batch["labels"]
+    return store.batch(
+        batch["input_ids"], batch["attention_mask"], labels, device=labels.device, query_mask=batch["query_mask"]
+    )
 
 
 def total_steps(section: TrainingSection, rows: int) -> int:

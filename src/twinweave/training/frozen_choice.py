@@ -13,7 +13,6 @@ import datasets
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
-from ..data import TrainingData
 from ..files import write_json_atomic
 from ..imsm import IMSMModel
 from ..progress import say
@@ -22,31 +21,32 @@ from .frozen_rows import Row, plan_rows
 from .frozen_store import Collator, FrozenStore, identity_of, stored_bytes
 from .recipe import TrainingSection
 
-_LEAST_EPOCHS, _LARGEST_SHARE_OF_DISK = 2, 0.25
+# Every row is read so often at least, or computing its original memory once would be no less work.
+_LEAST_READINGS = 2
+_LARGEST_SHARE_OF_DISK = 0.25
 
 
 def frozen_store_for(
     section: TrainingSection,
     model: object,
-    data: TrainingData,
+    dataset: datasets.Dataset,
+    *,
     collator: Collator,
     tokenizer: PreTrainedTokenizerBase,
     arguments: TrainingArguments,
+    readings: float,
     folder: Path,
 ) -> FrozenStore | None:
     """The store that the recipe asks for, made if it is not there yet; None where none is used.
 
-    `folder` is where `auto` keeps its store; the first process makes it while the others wait. Raises what
-    `FrozenStore.build` and `FrozenStore.open` raise.
+    `readings`: how many rows training reads, each as often as it is read. `folder` is where the store is kept; the
+    first process makes it while the others wait. Raises what `FrozenStore.build` and `FrozenStore.open` raise.
     """
     if section.frozen_store == "off" or not isinstance(model, IMSMModel):
         return None
-    if section.frozen_store != "auto":
-        folder = Path(section.frozen_store)
-    elif not _pays(section, len(data.train), arguments.world_size):
+    if section.frozen_store == "auto" and readings < _LEAST_READINGS * len(dataset):
         return None
     identity = identity_of(model, tokenizer, "bfloat16" if section.precision == "bf16" else None)
-    dataset = datasets.concatenate_datasets([data.train, data.validation])
     rows = plan_rows(dataset)
     size = stored_bytes(rows, model)
     if arguments.process_index > 0:
@@ -66,17 +66,16 @@ def frozen_store_for(
 
 
 def remove_store(folder: Path, decision: bool = False) -> None:
-    """Remove what `auto` made in `folder`; with `decision`, also what it decided."""
-    shutil.rmtree(folder, ignore_errors=True)
-    if decision:
-        _decision_file(folder).unlink(missing_ok=True)
+    """Remove what `auto` made in `folder`, and beside it for rehearsal; with `decision`, also what it decided."""
+    for store in (folder, rehearsal_store_folder(folder)):
+        shutil.rmtree(store, ignore_errors=True)
+        if decision:
+            _decision_file(store).unlink(missing_ok=True)
 
 
-def _pays(section: TrainingSection, rows: int, processes: int) -> bool:
-    """Whether every row is read often enough for computing its original memory once to be less work."""
-    if section.max_steps is None:
-        return section.epochs >= _LEAST_EPOCHS
-    return section.max_steps * section.batch_size * section.gradient_accumulation * processes >= _LEAST_EPOCHS * rows
+def rehearsal_store_folder(folder: Path) -> Path:
+    """Where the original memory of the rehearsed rows is, beside that of the task's rows."""
+    return folder.with_name(f"{folder.name}_rehearsal")
 
 
 def _wait_for_store(folder: Path, decided: bool) -> bool:

@@ -24,7 +24,8 @@ from transformers.training_args import OptimizerNames
 from ..errors import RecipeError, unknown_name
 from ..evaluation import Task, resolve_task
 from ..imsm import IMSMConfig
-from ..methods import get_method
+from ..methods import Method, get_method, knobs
+from ..rehearsal import RehearsalSettings
 
 
 class _Section(BaseModel):
@@ -152,13 +153,12 @@ class Recipe(_Section):
     peft: dict[str, Any] = {"type": "lora", "r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
     """`type` (lora, adalora, ia3, oft, …) and the fields of that PEFT configuration."""
     imsm: dict[str, Any] = {}
+    rehearsal: RehearsalSettings | None = RehearsalSettings()
+    """What the base writes itself and IMSM's gate rehearses; `null`: nothing, as published."""
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
-    sweeps: dict[Literal["scale", "retention"], list[float]] = {
-        "scale": [0.25, 0.5, 0.75],
-        "retention": [1.0, 2.0, 3.0],
-    }
-    """The settings at which dialled methods are scored."""
+    sweeps: dict[str, list[float]] = {}
+    """Name of a knob -> its values, in place of the method's own small sweep."""
     output: str | None = None
 
     @field_validator("base", mode="before")
@@ -170,6 +170,13 @@ class Recipe(_Section):
     @classmethod
     def _train_by_path(cls, value: Any) -> Any:
         return {"data": value} if isinstance(value, str) else value
+
+    @field_validator("rehearsal", mode="before")
+    @classmethod
+    def _rehearsal_or_off(cls, value: Any) -> Any:
+        return (
+            {True: {}, False: None}.get(value, value) if isinstance(value, bool) else value
+        )  # bare on and off of YAML
 
     @field_validator("target", mode="before")
     @classmethod
@@ -197,6 +204,8 @@ class Recipe(_Section):
         if not self.seeds or len(set(self.seeds)) != len(self.seeds) or not all(0 <= s < 2**32 for s in self.seeds):
             raise RecipeError(f"seeds: {self.seeds} must be a list of different whole numbers from 0, at least one.")
         for knob, values in self.sweeps.items():
+            if knob not in knobs():
+                raise RecipeError(unknown_name("knob in sweeps:", knob, knobs()))
             if len(set(values)) != len(values) or not all(math.isfinite(value) for value in values):
                 raise RecipeError(f"sweeps.{knob}: {values} must be a list of different finite numbers.")
         self.imsm_config()
@@ -207,6 +216,12 @@ class Recipe(_Section):
     def output_dir(self) -> Path:
         """Where the run's files go."""
         return Path(self.output or f"runs/{self.name}")
+
+    def sweep(self, method: Method) -> list[dict[str, float]]:
+        """The settings at which `compare` has the method: knob -> value, or one empty setting without a knob."""
+        if method.knob is None:
+            return [{}]
+        return [{method.knob.name: value} for value in self.sweeps.get(method.knob.name, method.knob.values)]
 
     @property
     def peft_type(self) -> str:

@@ -23,6 +23,7 @@ from ..errors import DamagedFileError, TrainingError
 from ..files import read_safetensors
 from ..imsm import IMSMModel
 from ..progress import progress_bar
+from ..rehearsal import Term
 from . import checkpoints
 from .frozen_store import FrozenStore
 
@@ -45,7 +46,7 @@ class TwinweaveTrainer(Trainer):
 
     `own_learning_rates`: prefix of parameter names -> learning rate of those parameters.
     `frozen_store`: the original memory of every row of the data, read instead of running frozen passes once the
-    warm-up is over.
+    warm-up is over. `term`: what the method adds to the task's loss, logged as `term`.
     After `train()`: `seconds` (of training, over all resumed parts) and `tokens` (trained on, padding excluded).
     """
 
@@ -54,8 +55,10 @@ class TwinweaveTrainer(Trainer):
         *args: Any,
         own_learning_rates: Mapping[str, float] | None = None,
         frozen_store: FrozenStore | None = None,
+        term: Term | None = None,
         **kwargs: Any,
     ) -> None:
+        self._term, self._terms_since_log = term, list[Tensor]()
         self._own_learning_rates = dict(own_learning_rates or {})
         self._frozen_store = frozen_store
         super().__init__(*args, **kwargs)
@@ -135,6 +138,30 @@ class TwinweaveTrainer(Trainer):
                 self._stopped(f"the loss is {loss.item()} at step {self.state.global_step + 1}", _FIX_OF_A_BAD_LOSS)
             )
         return loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """As in transformers, with the method's own term added in training; validation is of the task alone."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        if self._term is not None and model.training and self.accelerator.sync_gradients:  # once for an optimizer step
+            term = self._term(model, inputs, outputs, self.state.global_step)
+            if term is not None:
+                self._terms_since_log.append(term.detach())
+                scaled = num_items_in_batch is not None and self.model_accepts_loss_kwargs
+                loss = loss + term * (1 if scaled else self.current_gradient_accumulation_steps)
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """As in transformers, with the mean of the method's own term since the last log."""
+        if self._terms_since_log and "loss" in logs:
+            logs["term"] = torch.stack(self._terms_since_log).mean().item()
+            self._terms_since_log.clear()
+        super().log(logs, *args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -1,0 +1,26 @@
+"""General text that a method may rehearse while it is trained: written by the base itself, or brought by the user."""
+
+from .own_text import read_sequences
+from .rows import RehearsalRows, Written, make_rows
+from .self_written import is_chat, write_sequences
+from .settings import RehearsalSettings
+from .store import load_sequences
+from .terms import MakeTerm, Materials, Term, adapter_rehearsal, divergence, gate_rehearsal, replay
+
+__all__ = [
+    "MakeTerm",
+    "Materials",
+    "RehearsalRows",
+    "RehearsalSettings",
+    "Term",
+    "Written",
+    "adapter_rehearsal",
+    "divergence",
+    "gate_rehearsal",
+    "is_chat",
+    "load_sequences",
+    "make_rows",
+    "read_sequences",
+    "replay",
+    "write_sequences",
+]

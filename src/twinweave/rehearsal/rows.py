@@ -1,0 +1,70 @@
+"""Sequences of tokens -> rows to rehearse on, and their batches, step by step.
+
+A row says in which places the next-token distributions are compared, and which of its tokens are the query: in half of
+the rows the query ends somewhere within, as the prompt of an answer does; in the others it is all that has been read so
+far, as in plain text. Knows nothing about models and losses.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy
+from torch import Tensor
+
+from ..data.collator import IGNORED_LABEL
+from .settings import RehearsalSettings
+
+Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A text as token ids; in a conversation also the column where its last answer begins."""
+
+    ids: list[int]
+    answer: int | None = None
+
+
+def make_rows(sequences: Sequence[Written], settings: RehearsalSettings) -> datasets.Dataset:
+    """Rows of `input_ids`, `labels` (the token itself where distributions are compared, -100 elsewhere) and
+    `query_mask`; the same for the same seed. Sequences of a single token have nothing to compare and are left out."""
+    random = numpy.random.default_rng(settings.seed)
+    columns: dict[str, list[Any]] = {"input_ids": [], "labels": [], "query_mask": []}
+    for written in sequences:
+        ids = numpy.asarray(written.ids, dtype=numpy.int32)
+        if len(ids) < 2:
+            continue
+        places = 1 + random.permutation(len(ids) - 1)[: settings.positions]
+        labels = numpy.full(len(ids), IGNORED_LABEL, dtype=numpy.int32)
+        labels[places] = ids[places]
+        end = written.answer or int(random.integers(1, len(ids)))
+        asked = numpy.arange(len(ids)) < (end if random.random() < 0.5 else len(ids))
+        for name, values in (("input_ids", ids), ("labels", labels), ("query_mask", asked)):
+            columns[name].append(values)
+    return datasets.Dataset.from_dict(columns)
+
+
+@dataclass(frozen=True)
+class RehearsalRows:
+    """Rows to rehearse on, served in batches."""
+
+    rows: datasets.Dataset
+    collator: Collator
+    settings: RehearsalSettings
+
+    def batch(self, step: int, seed: int) -> dict[str, Tensor] | None:
+        """What is rehearsed at a training step: `input_ids`, `attention_mask`, `labels` and `query_mask`, all [B, T];
+        None at steps without rehearsal. It depends on the step and the seed alone, so that training can be resumed."""
+        if step % self.settings.every or not len(self.rows):
+            return None
+        size = min(self.settings.batch_size, len(self.rows))
+        first = step // self.settings.every * size
+        chosen = [self._row(first + offset, seed) for offset in range(size)]
+        return self.collator([self.rows[index] for index in chosen])
+
+    def _row(self, number: int, seed: int) -> int:
+        """The `number`-th row of an endless reading in which each round has an order of its own."""
+        again, place = divmod(number, len(self.rows))
+        return int(numpy.random.default_rng((seed, again)).permutation(len(self.rows))[place])

@@ -1,0 +1,36 @@
+"""The settings of rehearsal, as recipes name them. Knows nothing about models."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class RehearsalSettings(BaseModel):
+    """What is rehearsed, how often, and by what."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    sequences: int = Field(1000, ge=0)
+    """How many sequences the base writes itself, once for a run; 0 with `text`: the user's text alone."""
+    length: int = Field(128, ge=8)
+    """The longest sequence in tokens."""
+    temperature: float = Field(1.0, gt=0)
+    """Of the base's own writing: 1 is its own distribution."""
+    chat: Literal["auto", "on", "off"] = "auto"
+    """Whether the base writes conversations through its chat template; `auto`: where its tokenizer has one."""
+    text: str | None = None
+    """A data source of general text (any format of rows, or text), rehearsed beside what the base writes."""
+    text_rows: int = Field(1000, ge=1)
+    """How many pieces of `text` are used at most."""
+    batch_size: int = Field(8, ge=1)
+    """Sequences at each rehearsing step."""
+    positions: int = Field(32, ge=1)
+    """In how many places of a sequence the next-token distributions are compared."""
+    every: int = Field(1, ge=1)
+    """Rehearse at every so many steps; the weight is as many times larger, so that the strength stays."""
+    weight: float = Field(1.0, gt=0)
+    """Of the rehearsal's divergence beside the task's loss, both in nats per token."""
+    trains: Literal["gate", "both"] = "gate"
+    """What IMSM's rehearsal teaches: the gate alone, or gate and adapter."""
+    seed: int = 0
+    """Of the writing, the split points and the places."""
