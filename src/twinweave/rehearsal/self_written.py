@@ -10,7 +10,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data.collator import attention_mask_of, pad_rows
-from ..data.encode import bos_ids, text_ids
+from ..data.encode import text_ids
 from ..errors import DataError, UnsupportedModelError
 from ..evaluation.generate import greedy_settings, no_own_settings
 from ..progress import track
@@ -49,7 +49,7 @@ def write_sequences(
 def _texts(
     base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: RehearsalSettings, count: int
 ) -> Iterator[Written]:
-    start = bos_ids(tokenizer) or [tokenizer.eos_token_id]
+    start = [tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id]
     for ids in _sample(base, tokenizer, settings, [start] * count):
         yield Written(ids)
 
