@@ -43,9 +43,10 @@ def test_both_kinds_of_query_are_rehearsed():
     assert set(ends) == set(range(1, 21))
 
 
-def served(count, **settings):
-    rows = make_rows([Written([i, i, i]) for i in range(count)], RehearsalSettings(**settings))
-    return RehearsalRows(rows, lambda batch: [row["input_ids"][0] for row in batch], RehearsalSettings(**settings))
+def served(count, batch_size, every=1):
+    settings = RehearsalSettings(every=every)
+    rows = make_rows([Written([i, i, i]) for i in range(count)], settings)
+    return RehearsalRows(rows, lambda batch: [row["input_ids"][0] for row in batch], settings, batch_size)
 
 
 @given(st.integers(1, 9), st.integers(1, 4), st.integers(1, 3), st.integers(0, 3))

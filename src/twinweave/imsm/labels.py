@@ -160,12 +160,14 @@ def trim(output: Any, count: int) -> Any:
 
 
 def compared(output: Any) -> Any:
-    """The model's `output` for the interwoven and the original memory, logits [2, N, V], with their divergence
-    KL(original ‖ interwoven), in nats per position, as its loss, and the interwoven logits [1, N, V] alone."""
+    """The model's `output` for the interwoven, the original and perhaps the enhanced memory, logits [2 or 3, N, V], with
+    the interwoven logits [1, N, V] alone, and as its loss the divergence KL(original ‖ other) in nats per position,
+    summed over the others."""
     is_tuple = isinstance(output, tuple)
     logits = output[0] if is_tuple else output.logits
-    woven, original = logits.float().log_softmax(-1).unbind(0)
-    loss = kl_div(woven, original.detach(), log_target=True, reduction="sum") / max(len(woven), 1)
+    log_probs = logits.float().log_softmax(-1)
+    original, others = log_probs[1:2].detach(), log_probs[[0, *range(2, len(log_probs))]]
+    loss = kl_div(others, original.expand_as(others), log_target=True, reduction="sum") / max(logits.shape[1], 1)
     if is_tuple:
         return (loss, logits[:1], *output[1:])
     output.loss, output.logits = loss, logits[:1]

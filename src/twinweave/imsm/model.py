@@ -161,7 +161,9 @@ class IMSMModel(PeftModelForCausalLM):
         if call.keep_gate:
             call.gate = share
         if call.rehearse:
-            fused = torch.cat((fused, call.frozen.states.unsqueeze(0).to(fused.dtype)))
+            original = call.frozen.states.unsqueeze(0).to(fused.dtype)
+            enhanced = [] if call.rehearse == "gate" else [places.gather(states).unsqueeze(0)]
+            fused = torch.cat((fused, original, *enhanced))
         return hand_on(output, fused)
 
     @contextmanager
@@ -265,7 +267,7 @@ class IMSMModel(PeftModelForCausalLM):
         if self._memory != "interwoven":
             raise UsageError(f"use_memory('{self._memory}') has one memory, and rehearsal compares two.")
         graph = torch.is_grad_enabled()
-        call.rehearse, call.without_graph = True, graph and rehearse == "gate"
+        call.rehearse, call.without_graph = rehearse, graph and rehearse == "gate"
         with dropout_off(self._twin.decoder) if rehearse == "gate" else nullcontext():
             try:
                 yield

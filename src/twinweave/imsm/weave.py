@@ -32,7 +32,7 @@ class Call:
     places: LabelPlaces | None = None  # set: states, gate and logits are wanted at these places only
     frozen: FrozenStates | None = None  # the original memory there, given by the caller or filled in
     only_frozen: bool = False  # fill in `frozen`, and nothing else is of interest
-    rehearse: bool = False  # hand on the original memory beside the fused one
+    rehearse: str | None = None  # hand on the original memory beside the fused one ("both": the enhanced one too)
     without_graph: bool = False  # of the decoder's passes, so that only the gate learns
 
     def columns_of(self, mask: Tensor | None, rows: int, first: int, length: int, beyond: bool) -> Tensor | None:

@@ -53,13 +53,14 @@ class RehearsalRows:
     rows: datasets.Dataset
     collator: Collator
     settings: RehearsalSettings
+    batch_size: int
 
     def batch(self, step: int, seed: int) -> dict[str, Tensor] | None:
         """What is rehearsed at a training step: `input_ids`, `attention_mask`, `labels` and `query_mask`, all [B, T];
         None at steps without rehearsal. It depends on the step and the seed alone, so that training can be resumed."""
         if step % self.settings.every or not len(self.rows):
             return None
-        size = min(self.settings.batch_size, len(self.rows))
+        size = min(self.batch_size, len(self.rows))
         first = step // self.settings.every * size
         chosen = [self._row(first + offset, seed) for offset in range(size)]
         return self.collator([self.rows[index] for index in chosen])

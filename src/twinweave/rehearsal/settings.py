@@ -10,8 +10,9 @@ class RehearsalSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    sequences: int = Field(1000, ge=0)
-    """How many sequences the base writes itself, once for a run; 0 with `text`: the user's text alone."""
+    sequences: int = Field(4000, ge=0)
+    """How many sequences the base writes itself, once for a run; 0 with `text`: the user's text alone. Different ones
+    are worth more than the same ones again."""
     length: int = Field(128, ge=8)
     """The longest sequence in tokens."""
     temperature: float = Field(1.0, gt=0)
@@ -22,15 +23,18 @@ class RehearsalSettings(BaseModel):
     """A data source of general text (any format of rows, or text), rehearsed beside what the base writes."""
     text_rows: int = Field(1000, ge=1)
     """How many pieces of `text` are used at most."""
-    batch_size: int = Field(8, ge=1)
-    """Sequences at each rehearsing step."""
+    batch_size: int | None = Field(None, ge=1)
+    """Sequences at each rehearsing step; none given: a quarter of the training's batch."""
     positions: int = Field(32, ge=1)
     """In how many places of a sequence the next-token distributions are compared."""
     every: int = Field(1, ge=1)
-    """Rehearse at every so many steps; the weight is as many times larger, so that the strength stays."""
-    weight: float = Field(1.0, gt=0)
-    """Of the rehearsal's divergence beside the task's loss, both in nats per token."""
+    """Rehearse at every so many steps; the weights are as many times larger, so that the strength stays."""
+    weight: float = Field(1.0, ge=0)
+    """Of the divergence from the original memory's next-token distributions, in nats per token, beside the task's."""
+    gate_weight: float = Field(0.3, ge=0)
+    """Of -log g, g being the gate on rehearsed text: it learns to lead to the original memory there from the start,
+    while the two memories hardly differ and the divergence has nothing to say yet."""
     trains: Literal["gate", "both"] = "gate"
     """What IMSM's rehearsal teaches: the gate alone, or gate and adapter."""
     seed: int = 0
-    """Of the writing, the split points and the places."""
+    """Of the writing, the ends of queries and the places."""

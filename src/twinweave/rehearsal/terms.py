@@ -26,6 +26,8 @@ class Materials:
     """What a method may use beside the task's rows."""
 
     seed: int
+    steps: int = 1
+    """How many steps the training has."""
     weight: float = 1.0
     """The value of the method's own knob, where it is a weight."""
     rehearsal: RehearsalRows | None = None
@@ -38,6 +40,8 @@ class Materials:
             raise RecipeError("rehearsal: this method needs general text, and the recipe's rehearsal is off.")
         return self.rehearsal
 
+
+_TINY = torch.finfo(torch.float32).tiny  # log's gradient stays finite
 
 MakeTerm = Callable[[PeftModel, Materials], Term | None]
 
@@ -54,8 +58,12 @@ def gate_rehearsal(model: PeftModel, materials: Materials) -> Term | None:
         if batch is None:
             return None
         frozen = materials.frozen(batch) if materials.frozen is not None else None
-        loss: Tensor = model(**batch, frozen=frozen, use_cache=False, rehearse=settings.trains).loss
-        return settings.weight * settings.every * loss
+        out = model(**batch, frozen=frozen, use_cache=False, rehearse=settings.trains, output_gate=True)
+        loss: Tensor = settings.weight * out.loss
+        prior = settings.gate_weight * max(0.0, 1 - step / materials.steps)
+        if prior:
+            loss = loss - prior * out.gate.clamp_min(_TINY).log().mean()
+        return settings.every * loss
 
     return term
 

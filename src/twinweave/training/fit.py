@@ -25,6 +25,7 @@ from ..errors import DataError, RecipeError
 from ..evaluation import read_examples
 from ..files import atomic_directory, write_json_atomic
 from ..fingerprint import fingerprint
+from ..imsm import IMSMModel
 from ..imsm.labels import FrozenStates
 from ..methods import Method
 from ..rehearsal import Materials, RehearsalRows, Written, load_sequences, make_rows, read_sequences, write_sequences
@@ -36,6 +37,7 @@ from .recipe import Recipe, TrainingSection
 from .trainer import TwinweaveTrainer
 
 FINISHED = "training.json"
+PUBLISHED_GATE_RATE, PUBLISHED_WIDTH = 1e-3, 4096
 
 
 @dataclass(frozen=True)
@@ -86,9 +88,9 @@ def fit(
     if section.frozen_store not in ("auto", "off"):
         frozen = Path(section.frozen_store)
     stores = partial(frozen_store_for, section, model, tokenizer=tokenizer, arguments=arguments, collator=collator)
-    materials = Materials(seed, weight, rehearsal)
+    materials = Materials(seed, steps, weight, rehearsal)
     if rehearsal is not None:
-        readings = steps / rehearsal.settings.every * rehearsal.settings.batch_size
+        readings = steps / rehearsal.settings.every * rehearsal.batch_size
         store = stores(rehearsal.rows, readings=readings, folder=rehearsal_store_folder(frozen))
         materials = replace(materials, frozen=partial(_stored, store) if store is not None else None)
     trainer = TwinweaveTrainer(
@@ -103,7 +105,7 @@ def fit(
             folder=frozen,
         ),
         term=method.term(model, materials) if method.term is not None else None,
-        own_learning_rates={p: getattr(section, key) for p, key in method.own_learning_rates.items()},
+        own_learning_rates={"gate.": _gate_rate(section, model)} if isinstance(model, IMSMModel) else {},
     )
     _reset_peak_memory()
     trainer.train_or_resume()
@@ -167,7 +169,12 @@ def load_rehearsal(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: P
     rows = make_rows(written, settings)
     if not len(rows):
         raise DataError("rehearsal leaves nothing to rehearse: give sequences, or text, or set rehearsal=off.")
-    return RehearsalRows(rows, CompletionCollator(tokenizer), settings)
+    size = settings.batch_size or math.ceil(recipe.training.batch_size / 4)
+    return RehearsalRows(rows, CompletionCollator(tokenizer), settings, size)
+
+
+def _gate_rate(section: TrainingSection, model: IMSMModel) -> float:
+    return section.gate_learning_rate or PUBLISHED_GATE_RATE * PUBLISHED_WIDTH / model.gate.hidden_size
 
 
 def _at_setting(
