@@ -76,7 +76,7 @@ AT_A_TARGET = ({"seeds": int, "reached": float, "all": STATISTICS, "near": STATI
 FRONTIER = {
     "reference": ({"method": str, "setting": {str: float}}, None),
     "best_baseline": (str, None),
-    "tolerance": float,
+    "tolerance": (float, None),
     "level": (float, None),
     "target": (float, None),
     "methods": [

@@ -157,7 +157,7 @@ def test_intervals_are_paired_over_seeds():
     assert both["ci95"] == pytest.approx(stats.t.interval(0.95, 3, sum(mine) / 4, stats.sem(mine)))
 
 
-def test_losses_have_no_tolerance_and_gain_by_falling():
+def test_losses_gain_by_falling_and_their_tolerance_is_a_share_of_the_gain():
     def lossy(method, loss, forgetting, **setting):
         return cell(method, loss, 2 * forgetting, 0.0, **setting)
 
@@ -166,11 +166,14 @@ def test_losses_have_no_tolerance_and_gain_by_falling():
         recipe(metric="loss"),
         BASE | {"target_score": 4.0},
     )
-    assert (found["tolerance"], found["level"], found["target"]) == (0.0, 1.0, 3.0)
-    assert entry(found, "imsm")["equal_target"]["all"]["mean"] == pytest.approx(0.01 / 1.1)
+    assert (found["tolerance"], found["level"], found["target"]) == tuple(map(pytest.approx, (0.02, 0.98, 3.02)))
+    assert entry(found, "peft")["equal_target"]["all"]["mean"] == pytest.approx(0.98 * 0.2)
+    assert entry(found, "imsm")["equal_target"]["all"]["mean"] == pytest.approx(0.98 * 0.01 / 1.1)
     scaled = entry(found, "peft_scaled")
     assert [p["gain_mean"] for p in scaled["points"]] == [0.5, 1.0]
-    assert scaled["area"]["all"]["mean"] == pytest.approx((0.02 / 2 + 0.22 / 2) / 2)
+    end = 0.02 + 0.96 * 0.18
+    assert scaled["equal_target"]["all"]["mean"] == pytest.approx(end)
+    assert scaled["area"]["all"]["mean"] == pytest.approx((0.5 * 0.01 + 0.48 * (0.02 + end) / 2) / 0.98)
 
 
 def test_a_family_without_tasks_is_none():

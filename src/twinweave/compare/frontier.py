@@ -14,8 +14,11 @@ from ..training import Recipe
 REFERENCE = "peft"
 FAMILIES = ("all", "near", "far")
 Cell = dict[str, Any]
-# Target scores that differ by less are called equal: a point of a score, nothing of a loss.
-_TOLERANCE = {"fraction": 0.01}
+# Target scores that differ by less are called equal: a point of a score, and this share of what plain PEFT gains where
+# the target is a loss.
+_POINT, _SHARE = 0.01, 0.02
+# A method that reaches the target less often is no baseline to be compared with.
+_OFTEN = 0.5
 _BASE: Cell = {"gain": 0.0, "lost": dict.fromkeys(FAMILIES, 0.0)}
 
 
@@ -48,9 +51,9 @@ def frontier(recipe: Recipe, base: dict[str, Any], cells: Sequence[Cell]) -> dic
     ]
     methods = list(dict.fromkeys(cell["method"] for cell in cells))
     curves = {method: [cell for cell in cells if _on_curve(cell, method)] for method in methods}
-    tolerance = _TOLERANCE.get(METRICS[recipe.target.metric].unit, 0.0)
     reference = _reference(cells)
-    levels = {cell["seed"]: cell["gain"] - tolerance for cell in reference}
+    tolerance = _tolerance(recipe, reference)
+    levels = {cell["seed"]: cell["gain"] - (tolerance or 0.0) for cell in reference}
     level = fmean(levels.values()) if levels else None
     entries = [
         {"method": method, "label": label_of(method, recipe.peft_type), "points": _points(curves[method])}
@@ -92,6 +95,13 @@ def _reference(cells: Sequence[Cell]) -> list[Cell]:
     most = max(map(len, plain))
     complete = [group for group in plain if len(group) == most]
     return max(complete, key=lambda group: (round(_mean(group, "gain"), 9), -_mean(group, "forgetting")))
+
+
+def _tolerance(recipe: Recipe, reference: Sequence[Cell]) -> float | None:
+    """In the unit of the target; None without a reference to take a share of."""
+    if METRICS[recipe.target.metric].unit == "fraction":
+        return _POINT
+    return _SHARE * max(_mean(reference, "gain"), 0.0) if reference else None
 
 
 def _by_setting(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -140,9 +150,9 @@ def _compare(
     own = {kind: _over_seeds(reference, levels, kind) for kind in ("equal_target", "area")}
     found = {name: {kind: _over_seeds(curve, levels, kind) for kind in own} for name, curve in curves.items()}
     reached = {name: _reached(values["equal_target"]["all"]) for name, values in found.items()}
-    # A mean over the few lucky seeds that reach the target says little, so reaching it comes first.
+    # A mean over the few lucky seeds that reach the target says little.
     ranks = {
-        name: (-reached[name], mean[0])
+        name: (-min(reached[name], _OFTEN), mean[0])
         for name, values in found.items()
         if not name.startswith("imsm") and (mean := values["equal_target"]["all"].mean())
     }
