@@ -47,13 +47,14 @@ def level_note(study: Study) -> str:
         return ""
     unit = study.target_unit
     noun = "target score" if study.higher_is_better else "target loss"
+    within = f"{number(equal.tolerance, unit)} {unit_word(unit)}"
     setting = setting_text(equal.reference_setting)
     tuned = f" ({study.label(equal.reference or '')}, {setting})" if setting else ""
     return (
-        f"Equal target: {reference_name(study)}’s own {noun}{tuned} in each seed, to within {number(equal.tolerance, unit)} "
-        f"{unit_word(unit)}; on average {number(equal.target, unit)}. A method that does better may leave some queries "
-        "to the base, and what it forgets is read off its curve. Near and far are those of the same mixture. “On the "
-        "way there” is the mean along the curve, from the base to that target."
+        f"Equal target: {reference_name(study)}’s own {noun}{tuned} in each seed, to within {within}; on average "
+        f"{number(equal.target, unit)}. A method that does better may leave some queries to the base, and what it "
+        "forgets is read off its curve. Near and far are those of the same mixture. “On the way there” is the mean "
+        "along the curve, from the base to that target."
     )
 
 
