@@ -225,7 +225,9 @@ def _write(
         color=colour,
         fontsize=TEXT,
         bbox={"facecolor": ground, "edgecolor": "none", "pad": 1.5},
-        arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 0, "shrinkB": 6} if leader else None,
+        arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.8, "shrinkA": 0, "shrinkB": 6, "relpos": (0, 0.5)}
+        if leader
+        else None,
         zorder=8,
     )
 
@@ -242,7 +244,8 @@ def _label_curves(axes: Axes, study: Study, styles: dict[str, Look], colours: Co
             tops.append((max(places, key=lambda p: p[1] if study.higher_is_better else -p[1]), method))
     marks = [axes.transData.transform(place) for place, _ in tops]
     right = axes.transAxes.transform((1.0, 0.0))[0]
-    for step, (place, method) in enumerate(sorted(tops), start=1):
+    # From the right, so that no leader runs through the name of another.
+    for step, (place, method) in enumerate(sorted(tops, reverse=True), start=1):
         text = shortened(study.label(method), 30)
         x, y = axes.transData.transform(place)
         # Text of about seven pixels a letter must end inside the panel.
