@@ -50,8 +50,8 @@ def check(value, shape, where="results"):
             check(part, shape[min(i, len(shape) - 1)], f"{where}[{i}]")
     elif isinstance(shape, tuple) and None in shape and value is None:
         pass
-    elif isinstance(shape, tuple) and any(isinstance(s, list) for s in shape):
-        check(value, next(s for s in shape if isinstance(s, list)), where)
+    elif isinstance(shape, tuple) and any(isinstance(s, list | dict) for s in shape):
+        check(value, next(s for s in shape if isinstance(s, list | dict)), where)
     else:
         kinds = tuple(s for s in shape if s is not None) if isinstance(shape, tuple) else (shape,)
         assert type(value) in kinds, (where, value)
@@ -61,6 +61,46 @@ def check(value, shape, where="results"):
 SCORES = {str: {str: NUMBER}}
 INTERVAL = ([NUMBER, NUMBER], None)
 DIFFERENCE = {"mean": NUMBER, "ci95": INTERVAL, "n": int}
+AGAINST = {"difference": DIFFERENCE, "ratio": ({"value": NUMBER, "ci95": INTERVAL}, None)}
+STATISTICS = (
+    {
+        "mean": NUMBER,
+        "ci95": INTERVAL,
+        "n": int,
+        "against_reference": (AGAINST, None),
+        "against_best": (AGAINST, None),
+    },
+    None,
+)
+AT_A_TARGET = ({"seeds": int, "reached": float, "all": STATISTICS, "near": STATISTICS, "far": STATISTICS}, None)
+FRONTIER = {
+    "reference": ({"method": str, "setting": {str: float}}, None),
+    "best_baseline": (str, None),
+    "tolerance": (float, None),
+    "level": (float, None),
+    "target": (float, None),
+    "methods": [
+        {
+            "method": str,
+            "label": str,
+            "points": [
+                {
+                    "method": str,
+                    "setting": {str: float},
+                    "seeds": int,
+                    "target_mean": NUMBER,
+                    "gain_mean": NUMBER,
+                    "gain_ci95": INTERVAL,
+                    "forgetting_mean": NUMBER,
+                    "forgetting_ci95": INTERVAL,
+                    "forgetting_by_family": {"near": (float, None), "far": (float, None)},
+                }
+            ],
+            "equal_target": AT_A_TARGET,
+            "area": AT_A_TARGET,
+        }
+    ],
+}
 CONTRACT = {
     "schema": int,
     "name": str,
@@ -88,6 +128,7 @@ CONTRACT = {
             "target_score": float,
             "retained_score": float,
             "forgetting": float,
+            "forgetting_by_family": {"near": (float, None), "far": (float, None)},
             "train_seconds": float,
             "tokens_per_second": float,
             "peak_memory_bytes": int,
@@ -117,6 +158,7 @@ CONTRACT = {
             "forgetting_difference": DIFFERENCE,
         }
     ],
+    "frontier": FRONTIER,
     "lens": [
         {
             "method": str,

@@ -1,11 +1,17 @@
 """A made-up but realistic `results.json`: several methods, seeds and sweeps, near and far tasks, curves, a lens."""
 
+import json
 from collections.abc import Callable
 from statistics import fmean, stdev
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+
+from twinweave.compare.frontier import forgetting_by_family, frontier
+from twinweave.evaluation import Task
+from twinweave.methods import label_of
 
 METRIC = "exact_match"
 TASKS = {
@@ -98,12 +104,12 @@ def _without_tasks(results: dict[str, Any], names: list[str]) -> dict[str, Any]:
     return results
 
 
-def summarise(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarise(runs: list[dict[str, Any]], labels: dict[str, str] | None = None) -> list[dict[str, Any]]:
     """Means and t intervals over seeds, one entry per method and setting."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
         groups.setdefault((run["method"], *run["setting"].items()), []).append(run)
-    labels = {name: entry[0] for name, entry in (METHODS | SWEEPS).items()}
+    labels = labels or {name: entry[0] for name, entry in (METHODS | SWEEPS).items()}
     summary = []
     for (method, *setting), group in groups.items():
         entry = {"method": method, "setting": dict(setting), "label": labels[method], "seeds": len(group)}
@@ -198,3 +204,70 @@ def _lens() -> list[dict[str, Any]]:
 def make_results() -> Callable[..., dict[str, Any]]:
     """The builder, as a fixture, since tests folders are no packages."""
     return build_results
+
+
+# method: knob, its values, then per value: target, near and far forgetting
+WIDE: dict[str, tuple[str | None, list[tuple[float | None, float, float, float]]]] = {
+    "peft": (None, [(None, 0.985, 0.31, 0.052)]),
+    "imsm": (None, [(None, 0.991, 0.012, 0.002)]),
+    "peft_scaled": ("scale", [(0.25, 0.32, 0.04, 0.004), (0.5, 0.71, 0.12, 0.011), (0.75, 0.93, 0.21, 0.029)]),
+    "peft_rate": ("rate", [(0.1, 0.66, 0.12, 0.01), (0.3, 0.93, 0.2, 0.02)]),
+    "peft_steps": ("steps", [(0.1, 0.52, 0.17, 0.02), (0.3, 0.9, 0.24, 0.03)]),
+    "peft_rehearsal": ("rehearsal_weight", [(1.0, 0.984, 0.045, 0.006), (4.0, 0.95, 0.021, 0.003)]),
+    "peft_replay": ("replay_weight", [(0.3, 0.98, 0.11, 0.02), (1.0, 0.96, 0.08, 0.012)]),
+    "imsm_published": (None, [(None, 0.987, 0.24, 0.041)]),
+    "imsm_gate": (None, [(None, 0.984, 0.26, 0.045)]),
+    "imsm_average": (None, [(None, 0.91, 0.2, 0.033)]),
+    "imsm_retention": ("retention", [(1.0, 0.989, 0.009, 0.001), (2.0, 0.982, 0.006, 0.0), (3.0, 0.96, 0.002, 0.0)]),
+    "imsm_published_retention": ("retention", [(1.0, 0.98, 0.18, 0.02), (2.0, 0.95, 0.12, 0.012)]),
+}
+
+
+def build_wide(seeds: int = 5, methods: int = 12, losses: bool = False) -> dict[str, Any]:
+    """Results with a frontier: up to twelve methods, their knobs swept, the frontier put together as a run does it."""
+    results = build_results(seeds=1, sweeps=False, lens=False)
+    random = np.random.default_rng(3)
+    chosen = list(WIDE.items())[:methods]
+    if losses:
+        results = json.loads(json.dumps(results).replace(f'"{METRIC}"', '"loss"'))
+        for task in results["tasks"].values():
+            task.update(unit="nats", higher_is_better=False, kind="text_loss", metric="loss")
+        results["base"] |= {"target_score": 4.6, "retained_score": -0.995}
+    metric, sign = ("loss", -1) if losses else (METRIC, 1)
+    tasks = [_task(name, entry) for name, entry in results["tasks"].items()]
+    recipe = SimpleNamespace(target=tasks[0], retained=tasks[1:], peft_type="lora")
+    runs = []
+    for name, (knob, points) in chosen:
+        for value, target, near, far in points:
+            for seed in range(seeds):
+                grown = 1 + 0.12 * random.standard_normal()
+                lost = {task.name: grown * (near if task.family == "near" else far) for task in tasks[1:]}
+                reached = target + 0.003 * random.standard_normal()
+                runs.append(
+                    {
+                        "method": name,
+                        "peft": "lora",
+                        "seed": seed,
+                        "setting": {} if value is None else {knob: value},
+                        "target_score": 4.6 - reached if losses else reached,
+                        "retained": {name: {metric: 0.995 - sign * amount} for name, amount in lost.items()},
+                        "forgetting": fmean(lost.values()),
+                    }
+                )
+    for run in runs:
+        run["target"] = {tasks[0].name: {metric: run["target_score"]}}
+        run["forgetting_by_family"] = forgetting_by_family(recipe, results["base"], run)  # type: ignore[arg-type]
+    found = frontier(recipe, results["base"], runs)  # type: ignore[arg-type]
+    assert found is not None
+    names = {name: label_of(name, "lora") for name in WIDE}
+    return results | {"runs": runs, "summary": summarise(runs, names), "comparisons": [], "frontier": found}
+
+
+def _task(name: str, entry: dict[str, Any]) -> Task:
+    return Task(name=name, kind=entry["kind"], metrics=[entry["metric"]], data="none.jsonl", family=entry["family"])
+
+
+@pytest.fixture
+def make_wide() -> Callable[..., dict[str, Any]]:
+    """The builder of results with a frontier."""
+    return build_wide

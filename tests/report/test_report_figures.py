@@ -10,10 +10,12 @@ import pytest
 from twinweave.report.before_after import before_after
 from twinweave.report.canvas import looks
 from twinweave.report.curves import learning_curves, mean_curve
+from twinweave.report.equal_figure import equal_figure, equal_figure_label
 from twinweave.report.frontier import frontier
 from twinweave.report.lens import examples
 from twinweave.report.palette import DARK, LENS_LEVELS, LIGHT, SENTINEL, SERIES
 from twinweave.report.reading import read_study
+from twinweave.report.study import family_forgetting
 from twinweave.report.svg import figure_style, inline_svg
 
 Builder = Callable[..., dict[str, Any]]
@@ -46,20 +48,22 @@ def test_light_and_dark_have_the_same_names() -> None:
     assert len(set(SENTINEL.values())) == len(SENTINEL)
 
 
-def test_looks_tell_methods_apart(make_results: Builder) -> None:
+def test_looks_tell_methods_apart(make_results: Builder, make_wide: Builder) -> None:
     styles = looks(read_study(make_results()))
-    assert styles["peft_scaled"].series == styles["peft"].series
-    assert styles["imsm_retention"].series == styles["imsm"].series
+    assert {name for name, look in styles.items() if look.strong} == {"imsm", "imsm_retention", "peft"}
+    assert styles["imsm_retention"].series == styles["imsm"].series != styles["peft"].series
     assert styles["imsm_retention"].sweep
     assert not styles["imsm"].sweep
-    for one, other in itertools.combinations(styles.values(), 2):
+    crowd = looks(read_study(make_wide()))
+    assert len(crowd) == 12
+    for one, other in [*itertools.combinations(styles.values(), 2), *itertools.combinations(crowd.values(), 2)]:
         assert (one.series, one.marker, one.sweep) != (other.series, other.marker, other.sweep)
 
 
 def test_frontier_draws_every_point_where_it_belongs(make_results: Builder) -> None:
     study = read_study(make_results())
     with figure_style():
-        (axes,) = frontier(study).axes
+        axes = frontier(study).axes[0]
     drawn = {(round(x, 6), round(y, 6)) for line in axes.lines for x, y in line.get_xydata()}
     for row in study.rows:
         assert (round(100 * row.forgetting, 6), round(100 * row.target, 6)) in drawn
@@ -73,9 +77,77 @@ def test_frontier_of_losses_is_upside_down(make_results: Builder) -> None:
     for task in results["tasks"].values():
         task.update(unit="nats", higher_is_better=False)
     with figure_style():
-        (axes,) = frontier(read_study(results)).axes
+        axes = frontier(read_study(results)).axes[0]
     bottom, top = axes.get_ylim()
     assert bottom > top
+
+
+def lines_of(axes: Any) -> list[list[tuple[float, float]]]:
+    return [[(round(x, 6), round(y, 6)) for x, y in line.get_xydata()] for line in axes.lines]
+
+
+def test_near_and_far_have_panels_of_their_own(make_wide: Builder) -> None:
+    study = read_study(make_wide())
+    with figure_style():
+        panels = frontier(study).axes
+        narrow = frontier(study, width=310).axes
+    assert [axes.get_title(loc="left") for axes in panels] == [
+        "All retained tasks",
+        "Near the target",
+        "Far from the target",
+    ]
+    assert len({axes.get_ylim() for axes in panels}) == 1
+    assert len(narrow) == 3
+    row = next(row for row in study.rows if row.method == "peft_replay")
+    for axes, family in zip(panels[1:], ("near", "far"), strict=True):
+        forgetting = family_forgetting(study, row, family)
+        assert forgetting is not None
+        place = (round(100 * forgetting, 6), round(100 * (row.target or 0), 6))
+        assert any(place in line for line in lines_of(axes))
+
+
+@pytest.mark.parametrize("families", [["near"], ["far"], [None], ["near", None]])
+def test_one_family_alone_needs_no_panel(make_wide: Builder, families: list[str | None]) -> None:
+    results = make_wide(methods=2)
+    kept = [task for task in results["tasks"].values() if task["role"] == "retained"]
+    for place, task in enumerate(kept):
+        task["family"] = families[place % len(families)]
+    with figure_style():
+        assert len(frontier(read_study(results)).axes) == 1
+
+
+def test_a_dial_s_line_starts_at_what_it_dials(make_wide: Builder) -> None:
+    study = read_study(make_wide())
+    with figure_style():
+        lines = lines_of(frontier(study).axes[0])
+    expected = [(row.method, *row.setting.values()) for row in study.curve("peft_scaled")]
+    assert expected == [("peft_scaled", 0.25), ("peft_scaled", 0.5), ("peft_scaled", 0.75), ("peft",)]
+    places = [
+        (round(100 * (row.forgetting or 0), 6), round(100 * (row.target or 0), 6)) for row in study.curve("peft_scaled")
+    ]
+    assert places in lines
+
+
+@pytest.mark.parametrize("losses", [False, True])
+def test_equal_target_draws_every_method_that_gets_there(make_wide: Builder, losses: bool) -> None:
+    results = make_wide(losses=losses)
+    study = read_study(results)
+    with figure_style():
+        figure = equal_figure(study)
+    assert figure is not None
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts.count("does not reach the target") == 1
+    assert {line["label"] for line in results["frontier"]["methods"]} <= set(texts)
+    for axes, part in zip(figure.axes, ("all", "near", "far"), strict=True):
+        drawn = {round(x, 6) for line in lines_of(axes) for x, _ in line}
+        for line in results["frontier"]["methods"]:
+            cost = line["equal_target"][part]
+            assert cost is None or round(cost["mean"] * (1 if losses else 100), 6) in drawn
+    assert "IMSM, 1:1 average target not reached" in equal_figure_label(study)
+
+
+def test_without_an_equal_target_there_is_no_such_figure(make_results: Builder) -> None:
+    assert equal_figure(read_study(make_results())) is None
 
 
 @pytest.mark.parametrize(("higher", "sign"), [(True, 1), (False, -1)])

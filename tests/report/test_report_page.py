@@ -12,6 +12,7 @@ import pytest
 
 from twinweave.errors import DamagedFileError, UsageError
 from twinweave.report import build_report, frontier_png
+from twinweave.report.units import share
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "col", "wbr"}
 Builder = Callable[..., dict[str, Any]]
@@ -85,7 +86,7 @@ def test_page_is_self_contained(make_results: Builder, tmp_path: Path) -> None:
 def test_sections_are_in_order(make_results: Builder, tmp_path: Path) -> None:
     _, page = render(make_results(), tmp_path)
     sections = [identity for identity in page.ids if re.fullmatch(r"r1-[a-z]+", identity)]
-    names = ["finding", "table", "frontier", "retained", "curves", "lens", "settings"]
+    names = ["finding", "frontier", "table", "retained", "curves", "lens", "settings"]
     assert sections == [f"r1-{name}" for name in names]
 
 
@@ -125,6 +126,52 @@ def test_every_figure_says_what_it_shows(make_results: Builder, tmp_path: Path) 
     assert len(labels) == 2 + 6 + 4
     assert all(len(label) > 30 for label in labels)
     assert any("LoRA: target score 98." in label for label in labels)
+
+
+@pytest.mark.parametrize("losses", [False, True])
+def test_the_page_leads_with_the_frontier(make_wide: Builder, tmp_path: Path, losses: bool) -> None:
+    results = make_wide(losses=losses)
+    _, page = render(results, tmp_path)
+    sentence = "At LoRA's target IMSM forgets"
+    assert page.text.index(sentence) < page.text.index("Near the target") < page.text.index("The table")
+    assert page.text.count("Far from the target") >= 3  # in both figures of the frontier, and at equal target
+    labels = [value for tag, name, value in page.attributes if tag == "svg" and name == "aria-label"]
+    assert [label for label in labels if label.startswith("Forgetting at LoRA's target: IMSM, retention dial")]
+    for line in results["frontier"]["methods"]:
+        for part in ("all", "near", "far"):
+            if cost := line["equal_target"][part]:
+                low, high = (f"{bound if losses else 100 * bound:.{3 if losses else 1}f}" for bound in cost["ci95"])
+                assert f"{low} to {high}" in page.text
+                if ratio := cost["against_reference"] and cost["against_reference"]["ratio"]:
+                    assert share(ratio["value"]) in page.text
+    within = "to within 0.020 nats" if losses else "to within 1.0 points"
+    assert within in page.text
+
+
+@pytest.mark.parametrize(
+    "hostile", ["<script>alert(1)</script>", '"><img src=x onerror=y>', "$x_{2}$ & ]]> --> {{ 7*7 }}"]
+)
+def test_hostile_labels_stay_text_at_equal_target(make_wide: Builder, tmp_path: Path, hostile: str) -> None:
+    results = json.loads(json.dumps(make_wide(seeds=2)).replace('"LoRA + rehearsal"', json.dumps(hostile)))
+    results["summary"][0]["label"] = hostile
+    _, page = render(results, tmp_path)
+    assert not {"script", "img"} & set(page.tags)
+    assert page.text.count(hostile) > 5
+    assert f"At {hostile}'s target IMSM forgets" in page.text
+
+
+@pytest.mark.parametrize("damage", [{"methods": None}, {"methods": [{"method": "imsm"}]}, {"reference": None}, None])
+def test_a_frontier_with_less_in_it(make_wide: Builder, tmp_path: Path, damage: dict[str, Any] | None) -> None:
+    results = make_wide(methods=3)
+    results["frontier"] = None if damage is None else results["frontier"] | damage
+    _, page = render(results, tmp_path)
+    assert "IMSM" in page.text
+
+
+def test_one_seed_at_equal_target(make_wide: Builder, tmp_path: Path) -> None:
+    _, page = render(make_wide(seeds=1), tmp_path)
+    assert "With one seed, so without an interval: at LoRA's target IMSM forgets" in page.text
+    assert "95% interval" not in page.text
 
 
 def test_colours_follow_the_page(make_results: Builder, tmp_path: Path) -> None:
@@ -273,7 +320,7 @@ def test_readme_picture(make_results: Builder, tmp_path: Path) -> None:
     path = frontier_png(make_results(small=True), tmp_path / "docs" / "frontier.png")
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert int.from_bytes(data[16:20], "big") == 1200
+    assert int.from_bytes(data[16:20], "big") == 1400
     assert data == frontier_png(make_results(small=True), tmp_path / "again.png").read_bytes()
     assert [p.name for p in path.parent.iterdir()] == ["frontier.png"]
 

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from ..compare.store import read_results
-from ..report import build_report, summary_table
+from ..report import build_report, terminal_tables
 from .shared import out
 
 
@@ -21,5 +21,6 @@ def report(
     results = [read_results(run) for run in runs]
     first = runs[0] if runs[0].is_dir() else runs[0].parent
     for result in results:
-        out.print(summary_table(result))
+        for table in terminal_tables(result):
+            out.print(table)
     print(f"report:  {build_report(results, output or first / 'report.html')}")

@@ -16,7 +16,7 @@ from ..errors import BaseMismatchError, DamagedFileError, UsageError
 from ..fingerprint import fingerprint
 from ..imsm import IMSMModel
 from ..methods import load_plain
-from ..report import build_report, summary_table
+from ..report import build_report, terminal_tables
 from ..training import Recipe, load_base, load_recipe, load_tokenizer
 
 # Results go to standard output, progress and errors to standard error.
@@ -30,8 +30,9 @@ OVERRIDES_HELP = "Settings that replace the recipe's, such as training.epochs=1 
 
 
 def show(results: dict[str, Any], folder: Path) -> None:
-    """Table with the finding below it, and the path of the report, which is written into `folder`."""
-    out.print(summary_table(results))
+    """Tables with the finding, and the path of the report, which is written into `folder`."""
+    for table in terminal_tables(results):
+        out.print(table)
     path = build_report([results], folder / "report.html")
     print(f"results: {folder / RESULTS_NAME}")
     print(f"report:  {path}")

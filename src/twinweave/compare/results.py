@@ -9,9 +9,9 @@ from typing import Any
 from ..evaluation import METRICS, Task, mean_ci95, paired_difference, retained_score
 from ..methods import label_of
 from ..training import Recipe
+from .frontier import REFERENCE, forgetting_by_family, frontier
 from .provenance import provenance
 
-REFERENCE = "peft"
 _OUTSIDE_RUNS = ("lens",)
 
 
@@ -20,6 +20,8 @@ def assemble(recipe: Recipe, base: dict[str, Any], cells: list[dict[str, Any]]) 
     empty = {"train_seconds": 0.0, "tokens_per_second": 0.0, "peak_memory_bytes": 0, "trainable_parameters": 0,
              "curve": {"train": [], "validation": []}}  # fmt: skip
     counts = base.get("counts", {})
+    # Derived here and not where a cell is scored: cells of earlier versions are kept on disk without it.
+    cells = [cell | {"forgetting_by_family": forgetting_by_family(recipe, base, cell)} for cell in cells]
     return {
         "schema": 1,
         "name": recipe.name,
@@ -31,6 +33,7 @@ def assemble(recipe: Recipe, base: dict[str, Any], cells: list[dict[str, Any]]) 
         "runs": [empty | {k: v for k, v in cell.items() if k not in _OUTSIDE_RUNS} for cell in cells],
         "summary": [_summarise(recipe, group) for group in _groups(cells)],
         "comparisons": _comparisons(cells),
+        "frontier": frontier(recipe, base, cells),
         "lens": [entry for cell in cells for entry in _lens(cell)],
         "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "provenance": provenance(),

@@ -1,5 +1,6 @@
 """What a model can do, and what it kept: tasks, metrics, the runner, retention and statistics."""
 
+from twinweave.evaluation.frontier import Paired, forgetting_at, mean_along, mixed, mixture_at
 from twinweave.evaluation.generate import generate_texts
 from twinweave.evaluation.lens import original_shares, read_lens, token_texts
 from twinweave.evaluation.likelihood import forward_logits, log_likelihoods
@@ -18,13 +19,14 @@ from twinweave.evaluation.metrics import (
 from twinweave.evaluation.retention import forgetting, retained_score
 from twinweave.evaluation.rows import read_examples
 from twinweave.evaluation.runner import TaskScore, evaluate_task, evaluate_tasks
-from twinweave.evaluation.statistics import bootstrap_ci95, mean_ci95, paired_difference
+from twinweave.evaluation.statistics import bootstrap_ci95, mean_ci95, paired_difference, ratio_ci95
 from twinweave.evaluation.tasks import KNOWN_TASKS, Task, resolve_task
 
 __all__ = [
     "KNOWN_TASKS",
     "METRICS",
     "Metric",
+    "Paired",
     "Task",
     "TaskScore",
     "bootstrap_ci95",
@@ -35,15 +37,20 @@ __all__ = [
     "exact_text",
     "f1_binary",
     "forgetting",
+    "forgetting_at",
     "forward_logits",
     "generate_texts",
     "log_likelihoods",
     "matthews_correlation",
+    "mean_along",
     "mean_ci95",
+    "mixed",
+    "mixture_at",
     "normalize_answer",
     "number_match",
     "original_shares",
     "paired_difference",
+    "ratio_ci95",
     "read_examples",
     "read_lens",
     "resolve_task",

@@ -1,5 +1,6 @@
 """Intervals for means: over seeds with Student's t, over examples with the bootstrap. Knows nothing of their origin."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,8 @@ from scipy import stats
 from twinweave.errors import UsageError
 
 Interval = tuple[float, float]
+# Means of scores that are equal on paper differ by less.
+ROUNDING = 1e-9
 
 
 def mean_ci95(values: Sequence[float]) -> tuple[float, Interval | None]:
@@ -36,6 +39,34 @@ def paired_difference(a: Sequence[float], b: Sequence[float]) -> dict[str, Any]:
         raise UsageError(f"Paired values need the same seeds on both sides; there are {len(a)} and {len(b)}.")
     mean, interval = mean_ci95([left - right for left, right in zip(a, b, strict=True)])
     return {"mean": mean, "ci95": interval, "n": len(a)}
+
+
+def ratio_ci95(a: Sequence[float], b: Sequence[float]) -> tuple[float | None, Interval | None]:
+    """mean(a) / mean(b) over paired seeds, with its 95 % interval by Fieller's theorem (Student's t).
+
+    The ratio is None where mean(b) is not above 0 (by more than rounding): a share of it means nothing. The interval is
+    None for one pair, and where mean(b) does not differ from 0 with the same confidence: then no bounded interval has
+    its coverage.
+
+    Raises:
+        UsageError: the two do not have the same number of values, or have none.
+    """
+    if len(a) != len(b):
+        raise UsageError(f"Paired values need the same seeds on both sides; there are {len(a)} and {len(b)}.")
+    (top, _), (bottom, _) = mean_ci95(a), mean_ci95(b)
+    if bottom <= ROUNDING:
+        return None, None
+    ratio, n = top / bottom, len(a)
+    if n == 1:
+        return ratio, None
+    (var_top, shared), (_, var_bottom) = numpy.cov(a, b) / n
+    t2 = stats.t.ppf(0.975, n - 1) ** 2
+    # The interval holds the ratios r for which mean(a - r b) does not differ from 0: a quadratic in r.
+    square, linear, constant = bottom**2 - t2 * var_bottom, top * bottom - t2 * shared, top**2 - t2 * var_top
+    if square <= 0:
+        return ratio, None
+    half = math.sqrt(max(linear**2 - square * constant, 0.0))
+    return ratio, (float((linear - half) / square), float((linear + half) / square))
 
 
 def bootstrap_ci95(per_example: Sequence[float], seed: int, resamples: int = 2000) -> Interval:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from .palette import MARKERS, SERIES
+from .palette import MARKERS, SERIES, STRONG
 from .study import Study
 
 Colours = dict[str, str]
@@ -25,38 +25,48 @@ class Look:
     sweep: bool
 
     @property
+    def strong(self) -> bool:
+        """Whether the eye should find it first."""
+        return self.series < STRONG
+
+    @property
     def colour(self) -> str:
         """The name of the colour in the palette."""
         return f"series-{self.series}"
 
 
 def looks(study: Study) -> dict[str, Look]:
-    """One look per method. A sweep has the colour of the method it is named after, and small hollow marks on a line."""
-    methods = study.methods()
-    plain = [row.method for row in study.plain_rows()]
-    series: dict[str, int] = {}
-    for method in sorted(methods, key=lambda name: name not in plain):
-        parents = [name for name in plain if method.startswith(f"{name}_")]
-        own = method in plain or not parents
-        series[method] = len(set(series.values())) if own else series[max(parents, key=len)]
-    shapes = {"plain": 0, "sweep": 0}
+    """One look per method: IMSM and plain PEFT in strong colours, the others muted.
+
+    The sweep of IMSM's own dial has its colour. Sweeps have small hollow marks on a line.
+    """
+    plain = {row.method for row in study.plain_rows()}
+    strong = {"imsm": 0, "imsm_retention": 0, "peft": 1}
+    shapes = {True: 0, False: 0}
+    muted = 0
     chosen = {}
-    for method in methods:
-        kind = "plain" if method in plain else "sweep"
-        marker = MARKERS[shapes[kind] % len(MARKERS)]
-        chosen[method] = Look(series[method] % SERIES, marker, sweep=kind == "sweep")
-        shapes[kind] += 1
+    for method in study.methods():
+        sweep = method not in plain
+        series = strong.get(method)
+        if series is None:
+            series = STRONG + muted % (SERIES - STRONG)
+            muted += 1
+        chosen[method] = Look(series, MARKERS[shapes[sweep] % len(MARKERS)], sweep)
+        shapes[sweep] += 1
     return chosen
 
 
-def empty_axes(
-    width: float, height: float, margins: tuple[float, float, float, float], colours: Colours
-) -> tuple[Figure, Axes]:
-    """A figure of `width` x `height` pixels and its only axes, inside `margins` (left, top, right, bottom)."""
-    left, top, right, bottom = margins
-    figure = Figure(figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH)
+def empty_figure(width: float, height: float) -> Figure:
+    """A figure of `width` x `height` pixels with nothing in it."""
+    return Figure(figsize=(width / PIXELS_PER_INCH, height / PIXELS_PER_INCH), dpi=PIXELS_PER_INCH)
+
+
+def add_axes(figure: Figure, box: tuple[float, float, float, float], colours: Colours) -> Axes:
+    """Empty axes in the figure's `box` of pixels: left, top, width, height."""
+    left, top, inner_width, inner_height = box
+    width, height = (PIXELS_PER_INCH * inches for inches in figure.get_size_inches())
     axes = figure.add_axes(
-        (left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height)
+        (left / width, 1 - (top + inner_height) / height, inner_width / width, inner_height / height)
     )
     axes.patch.set_visible(False)
     axes.set_axisbelow(True)
@@ -65,13 +75,22 @@ def empty_axes(
         spine.set_visible(side == "bottom")
         spine.set_color(colours["rule"])
     axes.tick_params(length=0, pad=6, labelcolor=colours["muted"], labelsize=SMALL)
-    return figure, axes
+    return axes
+
+
+def empty_axes(
+    width: float, height: float, margins: tuple[float, float, float, float], colours: Colours
+) -> tuple[Figure, Axes]:
+    """A figure of `width` x `height` pixels and its only axes, inside `margins` (left, top, right, bottom)."""
+    left, top, right, bottom = margins
+    figure = empty_figure(width, height)
+    return figure, add_axes(figure, (left, top, width - left - right, height - top - bottom), colours)
 
 
 def name_axes(axes: Axes, vertical: str, horizontal: str, colours: Colours) -> None:
     """Name both axes in level text: the vertical one above its top, the horizontal one below its right end."""
     for text, place, coordinates, offset, side in (
-        (vertical, (8, 1), ("figure points", "axes fraction"), 14, "left"),
+        (vertical, (0, 1), ("axes fraction", "axes fraction"), 14, "left"),
         (horizontal, (1, 0), ("axes fraction", "axes fraction"), -33, "right"),
     ):
         axes.annotate(

@@ -1,19 +1,23 @@
 """The finding in one sentence, with its interval, and no stronger than the numbers allow.
 
-An interval that crosses zero gives "no difference could be shown"; one seed gives no interval and says so.
+Forgetting at equal target comes first, where it was measured. An interval that holds equality gives "no difference
+could be shown"; one seed gives no interval and says so.
 """
 
 from typing import Any
 
+from .equal_finding import at_equal_target
+from .equal_target import Difference, verdict
 from .reading import read_study
-from .study import Comparison, Difference, Row, Study
+from .study import Comparison, Row, Study
 from .units import MIXED, interval, number, quantity, setting_text
 
 
 def finding(results: dict[str, Any]) -> str:
     """What the results show about learning and forgetting, in one sentence with its 95% interval.
 
-    Speaks about IMSM against plain PEFT where both are compared, else about the first comparison there is.
+    Speaks about IMSM against plain PEFT and the best other method at equal target, else about IMSM against plain PEFT,
+    else about the first comparison there is.
 
     Raises:
         DamagedFileError: `results` is not the contents of a `results.json`.
@@ -24,7 +28,9 @@ def finding(results: dict[str, Any]) -> str:
 def study_finding(study: Study) -> str:
     """The finding of results that are already read."""
     comparison = leading_comparison(study)
-    sentence = _alone(study) if comparison is None else _compared(study, comparison)
+    sentence = at_equal_target(study)
+    if sentence is None:
+        sentence = _alone(study) if comparison is None else _compared(study, comparison)
     return sentence[0].upper() + sentence[1:] + "."
 
 
@@ -34,16 +40,6 @@ def leading_comparison(study: Study) -> Comparison | None:
     known.sort(key=lambda c: bool(c.setting))  # a method as it is before any point of a sweep
     wanted = [c for c in known if (c.method, c.against, c.setting) == ("imsm", "peft", {})]
     return next(iter(wanted + known), None)
-
-
-def verdict(difference: Difference, lower_is_better: bool) -> str:
-    """In a word: "better", "worse", "not shown" (the interval holds zero) or "unclear" (no interval)."""
-    if difference.mean is None or difference.ci is None:
-        return "unclear"
-    low, high = difference.ci
-    if low <= 0 <= high:
-        return "not shown"
-    return "better" if (high < 0) == lower_is_better else "worse"
 
 
 def _compared(study: Study, comparison: Comparison) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from .canvas import Look, looks
-from .finding import verdict
+from .equal_target import verdict
 from .study import Comparison, Study, Task, base_score, family_forgetting, family_unit, seed_scores
 from .svg import marker_svg
 from .units import MISSING, amount, count, finite, interval, number, setting_text, unit_word

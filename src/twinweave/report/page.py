@@ -21,6 +21,8 @@ from . import html_tables, lens
 from .before_after import before_after, before_after_label
 from .canvas import looks
 from .curves import learning_curves, learning_curves_label
+from .equal_figure import equal_figure, equal_figure_label
+from .equal_table import equal_target, level_note
 from .finding import study_finding
 from .frontier import WIDTH, frontier, frontier_label, has_frontier
 from .html_tables import FAMILY_NAMES, HtmlTable
@@ -55,6 +57,9 @@ class Section:
     differences: HtmlTable | None
     cost: HtmlTable | None
     frontier: list[Markup]
+    equal_figure: Markup | None
+    equal_target: HtmlTable | None
+    level_note: str
     keys: list[tuple[Markup, str]]
     families: list[tuple[str, list[Panel]]]
     retained: HtmlTable | None
@@ -113,7 +118,13 @@ def _section(study: Study, prefix: str) -> Section:
         differences=html_tables.differences(study),
         cost=html_tables.cost(study),
         frontier=_frontier(study, prefix),
-        keys=[(html_tables.key(styles[method]), study.label(method)) for method in study.methods()],
+        equal_figure=_equal_figure(study, prefix),
+        equal_target=equal_target(study),
+        level_note=level_note(study),
+        keys=[
+            (html_tables.key(styles[method]), study.label(method))
+            for method in sorted(study.methods(), key=lambda method: not styles[method].strong)
+        ],
         families=_families(study, prefix),
         retained=html_tables.retained(study),
         curves=_curves(study, prefix),
@@ -150,6 +161,12 @@ def _frontier(study: Study, prefix: str) -> list[Markup]:
     with figure_style():
         figures = [(f"{prefix}-frontier-{width}", frontier(study, width=width)) for width in (WIDTH, PHONE_WIDTH)]
     return [inline_svg(figure, name, label) for name, figure in figures]
+
+
+def _equal_figure(study: Study, prefix: str) -> Markup | None:
+    with figure_style():
+        figure = equal_figure(study)
+    return None if figure is None else inline_svg(figure, f"{prefix}-equal", equal_figure_label(study))
 
 
 def _families(study: Study, prefix: str) -> list[tuple[str, list[Panel]]]:

@@ -1,14 +1,15 @@
 """The report's colours, light and dark, and the marker shapes: the one place where either is chosen.
 
-Series colours keep their order under the common kinds of colour blindness, and every series also has a shape
-of its own. Knows nothing about figures or pages.
+Series 0 and 1 are strong and belong to IMSM and plain PEFT; the others, for what they are compared with, are muted.
+Every series also has a shape of its own. Knows nothing about figures or pages.
 """
 
 from itertools import pairwise
 
 SERIES = 8
+STRONG = 2
 LENS_LEVELS = 11
-# Shapes that stay apart at small size; seven of them against eight colours repeat only after 56 methods.
+# Shapes that stay apart at small size; seven of them against six muted colours repeat only after 42 methods.
 MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 
 LIGHT = {
@@ -21,12 +22,12 @@ LIGHT = {
     "accent": "#0a6aa8",
     "series-0": "#c8500a",
     "series-1": "#0a6aa8",
-    "series-2": "#0b8a64",
-    "series-3": "#8350b5",
-    "series-4": "#9a6b00",
-    "series-5": "#c0407f",
-    "series-6": "#3b8fa8",
-    "series-7": "#68727c",
+    "series-2": "#4f8a76",
+    "series-3": "#86739c",
+    "series-4": "#8d7a45",
+    "series-5": "#a06d84",
+    "series-6": "#5b8593",
+    "series-7": "#777f87",
 }
 DARK = {
     "paper": "#14171a",
@@ -38,12 +39,12 @@ DARK = {
     "accent": "#6cb8ee",
     "series-0": "#ff9152",
     "series-1": "#5fb2ee",
-    "series-2": "#45cf9f",
-    "series-3": "#bd9af3",
-    "series-4": "#e2b44a",
-    "series-5": "#f08bbd",
-    "series-6": "#7fd3e8",
-    "series-7": "#aab3bb",
+    "series-2": "#86b3a3",
+    "series-3": "#b3a4c8",
+    "series-4": "#bfae80",
+    "series-5": "#cb9fb2",
+    "series-6": "#9cbcc7",
+    "series-7": "#9aa3ab",
 }
 # From all new memory, over an even mix, to all original memory.
 _LENS_LIGHT = ("#ffc999", "#f1eee8", "#a9d3f5")

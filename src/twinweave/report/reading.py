@@ -12,7 +12,8 @@ from typing import Any
 
 from twinweave.errors import DamagedFileError
 
-from .study import Comparison, Difference, Interval, Row, Study, Task
+from .equal_target import EqualTarget, interval_of, read_equal_target
+from .study import Comparison, Difference, Row, Study, Task
 from .units import FRACTION, finite
 
 # What neither XML nor UTF-8 can carry, such as a NUL byte or half a surrogate pair from a cut token.
@@ -48,10 +49,12 @@ def _study(results: dict[str, Any]) -> Study:
     base = results.get("base") or {}
     tasks = _tasks(results, runs)
     comparisons = [_comparison(entry) for entry in results.get("comparisons") or []]
+    equal = read_equal_target(results.get("frontier"))
     if tasks and all(task.role == "target" for task in tasks.values()):
         # The mean over no tasks is written as 0; shown as a number it would read as "nothing forgotten".
         rows = [replace(row, forgetting=None, forgetting_ci=None) for row in rows]
         comparisons = [replace(entry, forgetting=Difference(None, None)) for entry in comparisons]
+        equal = EqualTarget()
     return Study(
         name=str(results.get("name") or base.get("name") or "results"),
         base=base,
@@ -59,6 +62,7 @@ def _study(results: dict[str, Any]) -> Study:
         runs=runs,
         rows=rows,
         comparisons=comparisons,
+        equal=equal,
         lens=results.get("lens") or [],
         recipe=results.get("recipe") or {},
         provenance=results.get("provenance") or {},
@@ -75,13 +79,6 @@ def _clean(value: Any) -> Any:
     return _FORBIDDEN.sub("\ufffd", value) if isinstance(value, str) else value
 
 
-def _interval(value: Any) -> Interval | None:
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        return None
-    low, high = finite(value[0]), finite(value[1])
-    return None if low is None or high is None else (low, high)
-
-
 def _row(entry: dict[str, Any]) -> Row:
     return Row(
         method=str(entry["method"]),
@@ -89,9 +86,9 @@ def _row(entry: dict[str, Any]) -> Row:
         setting=entry.get("setting") or {},
         seeds=int(entry.get("seeds") or 1),
         target=finite(entry.get("target_mean")),
-        target_ci=_interval(entry.get("target_ci95")),
+        target_ci=interval_of(entry.get("target_ci95")),
         forgetting=finite(entry.get("forgetting_mean")),
-        forgetting_ci=_interval(entry.get("forgetting_ci95")),
+        forgetting_ci=interval_of(entry.get("forgetting_ci95")),
     )
 
 
@@ -123,7 +120,7 @@ def _rows_from_runs(runs: list[dict[str, Any]]) -> list[Row]:
 def _comparison(entry: dict[str, Any]) -> Comparison:
     def difference(key: str) -> Difference:
         value = entry.get(key) or {}
-        return Difference(finite(value.get("mean")), _interval(value.get("ci95")))
+        return Difference(finite(value.get("mean")), interval_of(value.get("ci95")))
 
     return Comparison(
         method=str(entry["method"]),

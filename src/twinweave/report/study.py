@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from .equal_target import Difference, EqualTarget, Interval
 from .units import FRACTION, MIXED, finite
 
-Interval = tuple[float, float]
 Curve = list[tuple[float, float]]
 FAMILIES = ("near", "far", "other")
 
@@ -48,14 +48,6 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Difference:
-    """One method minus another, paired over seeds, in the unit of the quantity."""
-
-    mean: float | None
-    ci: Interval | None
-
-
-@dataclass(frozen=True)
 class Comparison:
     """A method, at a setting of its sweep if it has one, against another: what it learned and forgot more."""
 
@@ -81,6 +73,7 @@ class Study:
     recipe: dict[str, Any]
     provenance: dict[str, Any]
     labels: dict[str, str] = field(default_factory=dict)
+    equal: EqualTarget = field(default_factory=EqualTarget)
 
     @property
     def targets(self) -> list[Task]:
@@ -145,6 +138,15 @@ class Study:
         points = [row for row in self.rows if row.method == method and row.setting]
         return sorted(points, key=lambda row: [(key, row.setting[key]) for key in sorted(row.setting)])
 
+    def curve(self, method: str) -> list[Row]:
+        """The points of the method's curve, its own and those it starts from, gains rising where that is known."""
+        members = self.equal.members.get(method)
+        if members is None:
+            return self.sweep(method) + [row for row in self.plain_rows() if row.method == method]
+        rows = {(row.method, *sorted(row.setting.items())): row for row in self.rows}
+        keys = ((name, *sorted(setting.items())) for name, setting in members)
+        return [rows[key] for key in keys if key in rows]
+
     def plain_rows(self) -> list[Row]:
         """The methods as they are, without the points of sweeps."""
         return [row for row in self.rows if not row.setting]
@@ -181,6 +183,11 @@ def family_forgetting(study: Study, row: Row, family: str) -> float | None:
 def family_unit(study: Study, family: str) -> str:
     """The unit of a family's forgetting."""
     return _common_unit([task for task in study.retained if task.family == family])
+
+
+def part_unit(study: Study, part: str) -> str:
+    """The unit of forgetting for "all" retained tasks or for a family."""
+    return study.forgetting_unit if part == "all" else family_unit(study, part)
 
 
 def _common_unit(tasks: list[Task]) -> str:

@@ -73,3 +73,11 @@ def amount(value: object, divisor: float = 1.0, decimals: int = 1) -> str:
     """A measured amount (seconds, tokens per second, bytes / divisor) with a fixed number of decimals."""
     known = finite(value)
     return MISSING if known is None else f"{known / divisor:,.{decimals}f}".replace(",", "\u202f")
+
+
+def share(value: float) -> str:
+    """A ratio in per cent, as in "12 %"; below ten with one decimal."""
+    percent = 100.0 * value
+    decimals = 1 if abs(percent) < 9.95 else 0
+    shown = round(percent, decimals) + 0.0
+    return f"{MINUS if shown < 0 else ''}{abs(shown):.{decimals}f} %"
