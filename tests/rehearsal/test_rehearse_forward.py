@@ -24,13 +24,14 @@ def batch_of(tokens, rows=3, places=4, seed=0):
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": labels, "query_mask": query.long()}
 
 
-def naive(model, batch):
-    """The divergence from whole logits of both memories."""
+def naive(model, batch, memory="interwoven"):
+    """The divergence of a memory from the original one, from whole logits of both."""
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     wanted = batch["labels"][:, 1:] != -100
     with model.use_memory("original"):
         original = model(**inputs).logits[:, :-1][wanted].double()
-    woven = model(**inputs, query_mask=batch["query_mask"]).logits[:, :-1][wanted].double()
+    with model.use_memory(memory):
+        woven = model(**inputs, query_mask=batch["query_mask"]).logits[:, :-1][wanted].double()
     p, q = original.softmax(-1), woven.softmax(-1)
     return (p * (p / q).log()).sum(-1).mean()
 
@@ -48,6 +49,11 @@ def test_the_loss_is_the_divergence(arch, fusion, make_imsm, tokens):
     assert expected > 0.01
     torch.testing.assert_close(out.loss.double(), expected, rtol=1e-4, atol=1e-6)
     places = int((batch["labels"][:, 1:] != -100).sum())
+    assert out.logits.shape[:2] == (1, places)
+    out = model(**batch, rehearse="both")
+    with torch.no_grad():
+        expected = expected + naive(model, batch, "enhanced")
+    torch.testing.assert_close(out.loss.double(), expected, rtol=1e-4, atol=1e-6)
     assert out.logits.shape[:2] == (1, places)
     out = model(**batch, rehearse="gate", output_gate=True)
     assert out.gate.shape[:2] == (1, places)
@@ -81,7 +87,7 @@ def test_gradients_of_the_gate_are_those_of_the_whole_formula(make_imsm, tokens)
     found = {name: grad.clone() for name, grad in gradients(model).items()}
     model.zero_grad(set_to_none=True)
     with torch.enable_grad():
-        naive(model, batch).backward()
+        (naive(model, batch) + naive(model, batch, "enhanced")).backward()
     for name, grad in found.items():
         torch.testing.assert_close(grad, gradients(model)[name], rtol=1e-3, atol=1e-6, msg=name)
 

@@ -160,8 +160,8 @@ def trim(output: Any, count: int) -> Any:
 
 
 def compared(output: Any) -> Any:
-    """The model's `output` for the interwoven, the original and perhaps the enhanced memory, logits [2 or 3, N, V], with
-    the interwoven logits [1, N, V] alone, and as its loss the divergence KL(original ‖ other) in nats per position,
+    """The model's `output` for the interwoven, the original and perhaps the enhanced memory, logits [2 or 3, N, V],
+    with the interwoven logits [1, N, V] alone; its loss is the divergence KL(original ‖ other) in nats per position,
     summed over the others."""
     is_tuple = isinstance(output, tuple)
     logits = output[0] if is_tuple else output.logits
