@@ -16,16 +16,16 @@ from peft import AdaLoraModel, PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..errors import DamagedFileError, TrainingError
 from ..files import read_safetensors
 from ..imsm import IMSMModel
 from ..progress import progress_bar
-from ..rehearsal import Term
 from . import checkpoints
 from .frozen_store import FrozenStore
+from .term import TermTrainer
 
 TRAINED_NAME = "trained.safetensors"
 _ALLOCATOR = "adalora_allocator/"
@@ -41,7 +41,7 @@ _STEPS_BEFORE_STORE = 2
 _ALLOCATOR_TABLES = ("ipt", "exp_avg_ipt", "exp_avg_unc")
 
 
-class TwinweaveTrainer(Trainer):
+class TwinweaveTrainer(TermTrainer):
     """A Trainer for adapters, used as transformers documents it.
 
     `own_learning_rates`: prefix of parameter names -> learning rate of those parameters.
@@ -55,10 +55,8 @@ class TwinweaveTrainer(Trainer):
         *args: Any,
         own_learning_rates: Mapping[str, float] | None = None,
         frozen_store: FrozenStore | None = None,
-        term: Term | None = None,
         **kwargs: Any,
     ) -> None:
-        self._term, self._terms_since_log = term, list[Tensor]()
         self._own_learning_rates = dict(own_learning_rates or {})
         self._frozen_store = frozen_store
         super().__init__(*args, **kwargs)
@@ -138,30 +136,6 @@ class TwinweaveTrainer(Trainer):
                 self._stopped(f"the loss is {loss.item()} at step {self.state.global_step + 1}", _FIX_OF_A_BAD_LOSS)
             )
         return loss
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
-        """As in transformers, with the method's own term added in training; validation is of the task alone."""
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self._term is not None and model.training and self.accelerator.sync_gradients:  # once for an optimizer step
-            term = self._term(model, inputs, outputs, self.state.global_step)
-            if term is not None:
-                self._terms_since_log.append(term.detach())
-                scaled = num_items_in_batch is not None and self.model_accepts_loss_kwargs
-                loss = loss + term * (1 if scaled else self.current_gradient_accumulation_steps)
-        return (loss, outputs) if return_outputs else loss
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """As in transformers, with the mean of the method's own term since the last log."""
-        if self._terms_since_log and "loss" in logs:
-            logs["term"] = torch.stack(self._terms_since_log).mean().item()
-            self._terms_since_log.clear()
-        super().log(logs, *args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
