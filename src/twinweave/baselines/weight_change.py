@@ -57,10 +57,10 @@ def weight_change(layer: Any) -> Tensor:
 def squared_change(layer: Any) -> Tensor:
     """‖ΔW‖² of the layer; of LoRA's sBA as s² tr(BᵀB AAᵀ), without the matrix itself."""
     names = _active(layer) if _is_added(layer) else []
-    if len(names) == 1 and isinstance(a := getattr(layer, "lora_A", {}).get(names[0]), nn.Linear):
-        scale, b = layer.scaling[names[0]], layer.lora_B[names[0]].weight.float()
-        factor = a.weight.float()
-        return scale**2 * ((b.T @ b) * (factor @ factor.T)).sum()
+    factors = [layer.lora_A[name] for name in names if name in layer.lora_A]
+    if len(names) == 1 and factors and isinstance(factors[0], nn.Linear):
+        scale, a, b = layer.scaling[names[0]], factors[0].weight.float(), layer.lora_B[names[0]].weight.float()
+        return scale**2 * ((b.T @ b) * (a @ a.T)).sum()
     return weight_change(layer).float().square().sum()
 
 
