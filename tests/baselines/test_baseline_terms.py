@@ -88,7 +88,7 @@ def naive_fisher(base, rows, names):
     """Row by row with backward on a model of its own."""
     for parameter in base.parameters():
         parameter.requires_grad_(True)
-    sums = {name: 0.0 for name in names}
+    sums = dict.fromkeys(names, 0.0)
     for row in rows:
         base.zero_grad()
         logs = base(input_ids=torch.tensor([row["input_ids"]])).logits[0].log_softmax(-1)
