@@ -1,8 +1,8 @@
 """Penalties on how far an adapter moves the weights: all alike (L2-SP), or by how much the base needs them (EWC).
 
 Both are relative to the squared norm of the adapted weights, so that a weight means the same for small and large
-models: at weight 1, doubling every weight of the base would cost 1 nat per token. Knows nothing about other adapters
-than those of `weight_change`.
+models: at weight 1 of L2-SP, a change as large as the weights themselves costs 1 nat per token. Knows nothing about
+which adapters there are.
 """
 
 from collections.abc import Iterator, Sequence
