@@ -7,19 +7,34 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.helpers import rescale_adapter_scale
 from transformers import PreTrainedModel
 
+from .baselines import adapter_rehearsal, corda_model, ewc, l2_sp, lwf, oft_model, osf_model, replay
 from .errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError, unknown_name
 from .files import read_safetensors
 from .imsm import IMSMConfig, IMSMModel, get_imsm_model
 from .imsm.checks import check_adapter, check_base
-from .rehearsal import MakeTerm, adapter_rehearsal, gate_rehearsal, replay
+from .rehearsal import MakeTerm, Materials, gate_rehearsal
 
-Build = Callable[[PreTrainedModel, PeftConfig, IMSMConfig], PeftModel]
+
+class Build(Protocol):
+    """A base, the recipe's adapter and gate, and what else there is to use -> the model to train."""
+
+    def __call__(
+        self,
+        base: PreTrainedModel,
+        peft_config: PeftConfig,
+        imsm_config: IMSMConfig,
+        materials: Materials | None = None,
+        /,
+    ) -> PeftModel:
+        """Without `materials` the model has its size, and maybe not the start of its training."""
+
+
 Load = Callable[[str, PreTrainedModel], PeftModel]
 
 
@@ -66,11 +81,34 @@ class Method:
     """Whether a trained model gets the recipe's domain guard."""
 
 
-def _plain(base: PreTrainedModel, peft_config: PeftConfig, imsm_config: IMSMConfig) -> PeftModel:
+def _plain(
+    base: PreTrainedModel, peft_config: PeftConfig, imsm_config: IMSMConfig, materials: Materials | None = None
+) -> PeftModel:
     check_base(base)
     check_adapter(peft_config)
     with _refusals(base):
         return get_peft_model(base, peft_config)
+
+
+def _own(make: Callable[[PreTrainedModel, PeftConfig, Materials | None], PeftModel]) -> Build:
+    """A method with an adapter of its own, derived from the recipe's."""
+
+    def build(
+        base: PreTrainedModel, peft_config: PeftConfig, imsm_config: IMSMConfig, materials: Materials | None = None
+    ) -> PeftModel:
+        check_base(base)
+        check_adapter(peft_config)
+        with _refusals(base):
+            model = make(base, peft_config, materials)
+        if not model.get_nb_trainable_parameters()[0]:
+            kind = type(model.peft_config["default"]).__name__.removesuffix("Config")
+            raise UnsupportedModelError(
+                f"{kind} adapts none of the target modules of {type(base).__name__}: they are no linear layers of "
+                "torch. Leave the method out of the recipe."
+            )
+        return model
+
+    return build
 
 
 def load_plain(path: str, base: PreTrainedModel) -> PeftModel:
@@ -102,7 +140,9 @@ def load_plain(path: str, base: PreTrainedModel) -> PeftModel:
 
 
 def _woven(fusion: str) -> Build:
-    def build(base: PreTrainedModel, peft_config: PeftConfig, imsm_config: IMSMConfig) -> PeftModel:
+    def build(
+        base: PreTrainedModel, peft_config: PeftConfig, imsm_config: IMSMConfig, materials: Materials | None = None
+    ) -> PeftModel:
         with _refusals(base):
             return get_imsm_model(base, peft_config, replace(imsm_config, fusion=fusion))  # type: ignore[arg-type]
 
@@ -173,6 +213,22 @@ METHODS: dict[str, Method] = {
                rehearses="always"),
         Method("peft_replay", "plain PEFT + replay", "The adapter alone, trained on general text beside the task.",
                _plain, load_plain, knob=Knob("replay_weight", (0.3, 1.0)), term=replay, rehearses="always"),
+        Method("peft_lwf", "plain PEFT + KL to the base (LwF)",
+               "The adapter alone, kept near the base's predictions on the task's own data.",
+               _plain, load_plain, knob=Knob("lwf_weight", (0.01, 0.03, 0.1)), term=lwf),
+        Method("peft_l2", "plain PEFT + L2-SP", "The adapter alone, with a penalty on how far it moves the weights.",
+               _plain, load_plain, knob=Knob("l2_weight", (10.0, 100.0, 1000.0)), term=l2_sp),
+        Method("peft_ewc", "plain PEFT + EWC",
+               "The adapter alone, with a penalty on moving the weights that the base needs for general text.",
+               _plain, load_plain, knob=Knob("ewc_weight", (10.0, 100.0, 1000.0)), term=ewc, rehearses="always"),
+        Method("peft_osf", "OSF", "PEFT's OSF: only the smallest singular directions of the weights are trained.",
+               _own(osf_model), load_plain, knob=Knob("osf_rate", (1.0, 3.0), "learning_rate")),
+        Method("peft_oft", "OFT", "PEFT's OFT: the inputs of the layers are rotated, in blocks.",
+               _own(oft_model), load_plain, knob=Knob("oft_rate", (0.03, 0.1, 0.3), "learning_rate")),
+        Method("peft_corda", "CorDA (knowledge-preserved)",
+               "LoRA that starts in the directions of the weights that general text uses least.",
+               _own(corda_model), load_plain, knob=Knob("corda_rate", (0.1, 0.3, 1.0), "learning_rate"),
+               rehearses="always"),
         Method("imsm", "IMSM", "Both memories, fused by the query-aware gate, with the recipe's rehearsal and guard.",
                _woven("query_gate"), _load_woven, own_learning_rates=_GATE, term=gate_rehearsal, rehearses="if on",
                guarded=True),

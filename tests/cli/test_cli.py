@@ -139,7 +139,12 @@ def test_requests_without_what_they_need(call):
 
 
 def test_lists(call):
-    for command, expected in (("tasks", "gsm8k"), ("methods", "imsm_retention"), ("env", "torch")):
+    for command, expected in (
+        ("tasks", "gsm8k"),
+        ("methods", "imsm_retention"),
+        ("methods", "lwf_weight: "),
+        ("env", "torch"),
+    ):
         code, out, err = call(command)
         assert (code, err) == (0, "")
         assert expected in out

@@ -1,12 +1,13 @@
 """Checking a recipe against the world before anything is trained: does the base load, do the rows encode?"""
 
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
 
 from ..data import TrainingData
-from ..errors import UnsupportedModelError
+from ..errors import RecipeError, UnsupportedModelError
 from ..evaluation import Task
 from ..evaluation.rows import read_choices, read_examples, read_pairs, read_texts
 from ..imsm.checks import check_adapter, check_base
@@ -48,14 +49,21 @@ def check_run(recipe: Recipe, methods: Sequence[Method], data: TrainingData) -> 
         ),
     ]
     for method in methods:
+        if method.rehearses == "always" and recipe.rehearsal is None:
+            raise RecipeError(f"rehearsal: {method.name} needs general text, and the recipe's rehearsal is off.")
         if method.build is not None:
-            built = method.build(model, recipe.peft_config(steps), recipe.imsm_config())
+            built = method.build(_without_weights(model), recipe.peft_config(steps), recipe.imsm_config())
             found.append((f"method {method.name}", f"{built.get_nb_trainable_parameters()[0]:,} parameters to train"))
-            model = built.unload()
     found += [(f"task {task.name}", f"{count:,} rows, {', '.join(task.metrics)}") for task, count in rows]
     found += [("warning", warning) for warning in report.warnings]
     free_memory()
     return found
+
+
+def _without_weights(base: Any) -> Any:
+    """A base of the same structure: some adapters take long to be made of weights, and each wants a base of its own."""
+    with torch.device("meta"):
+        return type(base)._from_config(deepcopy(base.config), dtype=base.dtype)
 
 
 @torch.inference_mode()

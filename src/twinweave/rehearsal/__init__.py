@@ -5,7 +5,7 @@ from .rows import RehearsalRows, Written, make_rows
 from .self_written import is_chat, write_sequences
 from .settings import RehearsalSettings
 from .store import load_sequences
-from .terms import MakeTerm, Materials, Term, adapter_rehearsal, divergence, gate_rehearsal, replay
+from .terms import MakeTerm, Materials, Term, divergence, gate_rehearsal
 
 __all__ = [
     "MakeTerm",
@@ -14,13 +14,11 @@ __all__ = [
     "RehearsalSettings",
     "Term",
     "Written",
-    "adapter_rehearsal",
     "divergence",
     "gate_rehearsal",
     "is_chat",
     "load_sequences",
     "make_rows",
     "read_sequences",
-    "replay",
     "write_sequences",
 ]

@@ -1,4 +1,4 @@
-"""What a method adds to the task's loss when it rehearses general text.
+"""What a method adds to the task's loss: the types of it, and IMSM's own.
 
 Knows nothing about training loops. A term is asked once for each batch of the task and may abstain (None).
 """
@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import kl_div
 
 from ..errors import RecipeError
-from ..imsm.labels import IGNORED, FrozenStates
+from ..imsm.labels import FrozenStates
 from .rows import RehearsalRows
+
+_TINY = torch.finfo(torch.float32).tiny  # so that the logarithm's gradient stays finite
 
 Batch = Mapping[str, Tensor]
 Term = Callable[[Any, Batch, Any, int], Tensor | None]
@@ -41,8 +43,6 @@ class Materials:
         return self.rehearsal
 
 
-_TINY = torch.finfo(torch.float32).tiny  # log's gradient stays finite
-
 MakeTerm = Callable[[PeftModel, Materials], Term | None]
 
 
@@ -54,7 +54,7 @@ def gate_rehearsal(model: PeftModel, materials: Materials) -> Term | None:
     settings = general.settings
 
     def term(model: Any, inputs: Batch, outputs: Any, step: int) -> Tensor | None:
-        batch = _on(inputs, general.batch(step, materials.seed))
+        batch = on_device_of(inputs, general.batch(step, materials.seed))
         if batch is None:
             return None
         frozen = materials.frozen(batch) if materials.frozen is not None else None
@@ -68,50 +68,14 @@ def gate_rehearsal(model: PeftModel, materials: Materials) -> Term | None:
     return term
 
 
-def adapter_rehearsal(model: PeftModel, materials: Materials) -> Term:
-    """The control without a gate: KL(base ‖ adapted) on the same text in the same places, gradient to the adapter."""
-    general = materials.general_text()
-    adapted = model
-
-    def term(model: Any, inputs: Batch, outputs: Any, step: int) -> Tensor | None:
-        batch = _on(inputs, general.batch(step, materials.seed))
-        if batch is None:
-            return None
-        wanted = batch["labels"][:, 1:] != IGNORED
-        fields = {name: batch[name] for name in ("input_ids", "attention_mask")}
-        with torch.no_grad(), adapted.disable_adapter():
-            base = adapted(**fields, use_cache=False).logits[:, :-1][wanted]
-        logits = model(**fields, use_cache=False).logits[:, :-1][wanted]
-        loss = divergence(base, logits)
-        return materials.weight * general.settings.weight * general.settings.every * loss
-
-    return term
-
-
-def replay(model: PeftModel, materials: Materials) -> Term:
-    """Ordinary training on general text beside the task: cross-entropy of its own tokens, gradient to the adapter."""
-    general = materials.general_text()
-
-    def term(model: Any, inputs: Batch, outputs: Any, step: int) -> Tensor | None:
-        batch = _on(inputs, general.batch(step, materials.seed))
-        if batch is None:
-            return None
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        loss = cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED
-        )
-        return materials.weight * general.settings.every * loss
-
-    return term
-
-
 def divergence(base: Tensor, other: Tensor) -> Tensor:
     """KL(base ‖ other) of next-token distributions in nats per position, from logits [N, V]; no gradient to `base`."""
     log_base = base.detach().float().log_softmax(-1)
     return kl_div(other.float().log_softmax(-1), log_base, log_target=True, reduction="sum") / max(len(base), 1)
 
 
-def _on(inputs: Batch, batch: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+def on_device_of(inputs: Batch, batch: dict[str, Tensor] | None) -> dict[str, Tensor] | None:
+    """The batch where `inputs` are."""
     if batch is None:
         return None
     device = inputs["input_ids"].device

@@ -81,14 +81,14 @@ def fit(
     steps = total_steps(section, len(data.train))
     set_seed(seed)
     base = load_base(recipe.base)
-    model = method.build(base, recipe.peft_config(steps), recipe.imsm_config())
+    materials = Materials(seed, steps, weight, rehearsal)
+    model = method.build(base, recipe.peft_config(steps), recipe.imsm_config(), materials)
     arguments, collator = _arguments(section, seed, steps, folder, data), CompletionCollator(tokenizer)
     own_frozen_folder = folder / "frozen"
     frozen = frozen_folder or own_frozen_folder
     if section.frozen_store not in ("auto", "off"):
         frozen = Path(section.frozen_store)
     stores = partial(frozen_store_for, section, model, tokenizer=tokenizer, arguments=arguments, collator=collator)
-    materials = Materials(seed, steps, weight, rehearsal)
     if rehearsal is not None:
         readings = steps / rehearsal.settings.every * rehearsal.batch_size
         store = stores(rehearsal.rows, readings=readings, folder=rehearsal_store_folder(frozen))

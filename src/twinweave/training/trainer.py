@@ -226,8 +226,11 @@ class TwinweaveTrainer(TermTrainer):
             raise DamagedFileError(f"{path} lacks '{missing[0]}'. Remove that checkpoint to go on from an older one.")
 
     def _trained_state(self) -> dict[str, Tensor]:
-        """Every trained parameter, and the importances of AdaLoRA's allocator where there is one."""
-        state: dict[str, Tensor] = {n: p for n, p in self.model.named_parameters() if p.requires_grad}  # type: ignore[union-attr]
+        """Every trained parameter, those of adapters beside the trained one (what CorDA started from), and the
+        importances of AdaLoRA's allocator where there is one."""
+        beside = [f".{name}." for name in getattr(self.model, "peft_config", {}) if name != "default"]
+        named = list(self.model.named_parameters())  # type: ignore[union-attr]
+        state: dict[str, Tensor] = {n: p for n, p in named if p.requires_grad or any(name in n for name in beside)}
         allocator = _allocator(self.model)
         for table in _ALLOCATOR_TABLES if allocator is not None else ():
             state |= {f"{_ALLOCATOR}{table}/{key}": t for key, t in getattr(allocator, table).items()}
