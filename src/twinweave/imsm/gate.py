@@ -54,12 +54,13 @@ class MemoryGate(nn.Module):
             return h @ w_a[:d] + h_tuned @ w_a[3 * d :]
 
     def forward(
-        self, original: Tensor, enhanced: Tensor, query: Tensor | None, retention: float = 0.0
+        self, original: Tensor, enhanced: Tensor, query: Tensor | None, retention: float | Tensor = 0.0
     ) -> tuple[Tensor, Tensor]:
         """Fuse the memories: the fused state z [B, T, d] in the input's dtype, and the gate g [B, T, d] in fp32.
 
         `original`, `enhanced`: [B, T, d]. `query`: [B, T, r], the mean of `project_query` over each position's query;
-        None where `reads_query` is false. `retention` is added to the logits. g is the share of the original memory.
+        None where `reads_query` is false. `retention`, one number or [B, T, 1], is added to the logits. g is the share of
+        the original memory.
         """
         with torch.autocast(original.device.type, enabled=False):
             h, h_tuned = _precise(original), _precise(enhanced)

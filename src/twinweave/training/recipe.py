@@ -23,7 +23,7 @@ from transformers.training_args import OptimizerNames
 
 from ..errors import RecipeError, unknown_name
 from ..evaluation import Task, resolve_task
-from ..imsm import IMSMConfig
+from ..imsm import GuardSettings, IMSMConfig
 from ..methods import Method, get_method, knobs
 from ..rehearsal import RehearsalSettings
 
@@ -155,6 +155,8 @@ class Recipe(_Section):
     imsm: dict[str, Any] = {}
     rehearsal: RehearsalSettings | None = RehearsalSettings()
     """What the base writes itself and IMSM's gate rehearses; `null`: nothing, as published."""
+    guard: GuardSettings | None = None
+    """IMSM's domain guard, fitted behind the training; `null`: none, as published."""
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     sweeps: dict[str, list[float]] = {}
@@ -171,9 +173,9 @@ class Recipe(_Section):
     def _train_by_path(cls, value: Any) -> Any:
         return {"data": value} if isinstance(value, str) else value
 
-    @field_validator("rehearsal", mode="before")
+    @field_validator("rehearsal", "guard", mode="before")
     @classmethod
-    def _rehearsal_or_off(cls, value: Any) -> Any:
+    def _section_or_off(cls, value: Any) -> Any:
         return (
             {True: {}, False: None}.get(value, value) if isinstance(value, bool) else value
         )  # bare on and off of YAML
@@ -196,6 +198,10 @@ class Recipe(_Section):
             method = get_method(name)
             if name in self.methods and method.dial and method.dial.of not in self.methods:
                 raise RecipeError(f"methods: {name} dials the trained {method.dial.of}; add '{method.dial.of}' too.")
+            if method.dial and method.guarded and self.guard is None:
+                raise RecipeError(
+                    f"methods: {name} dials the domain guard, which is off; set guard=on, or leave it out."
+                )
         if get_method(self.method).build is None:
             raise RecipeError(f"method: '{self.method}' trains nothing itself; use it in `methods` of `compare`.")
         names = [self.target.name, *(task.name for task in self.retained)]
