@@ -26,6 +26,7 @@ _INPUTS = ("input_ids", "attention_mask", "labels", "query_mask")
 _QUERIES_PER_CLUSTER = 10
 _SHARE_HELD_OUT = 4  # at most one in so many training queries calibrates instead of a missing validation query
 _FLOOR = 1e-6  # of the features' mean square: what rounding may move them by is no distance
+_NEAREST = 1.0  # standard deviations: nothing nearer is strange, not even where all training queries are the same
 _SLACK = 1e-3  # of the threshold: a query on the border stays within it however it is batched
 
 
@@ -105,6 +106,6 @@ def _border(distances: np.ndarray, affected: float) -> Tensor:
     beyond τ with a probability of at most `affected`; with too few distances the largest."""
     distances = np.sort(distances)
     rank = min(math.ceil((len(distances) + 1) * (1 - affected)), len(distances))
-    threshold = distances[rank - 1] * (1 + _SLACK)
-    spread = max(threshold - np.median(distances), 0.1 * threshold, np.finfo(np.float32).eps)
+    threshold = max(distances[rank - 1] * (1 + _SLACK), _NEAREST)
+    spread = max(threshold - np.median(distances), 0.1 * threshold)
     return torch.tensor([threshold, spread], dtype=torch.float32)

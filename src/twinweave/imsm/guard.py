@@ -1,4 +1,4 @@
-"""The domain guard: how far a query lies from those of the training data shifts the gate to the original memory.
+"""The domain guard: how far a query lies from those of the training data moves the gate to the original memory.
 
 Knows nothing about models, tokens or the gate: it sees features of the frozen branch only. `fitting.py` makes one.
 
@@ -6,11 +6,14 @@ Equations, for the frozen query memory q (the mean of the frozen last hidden sta
 
     x = q M                                   k      M: d × k, fixed; whitens what training queries vary by
     δ = min over the centres c of ‖x − c‖            the Mahalanobis distance to the nearest cluster
-    s = strength · max(0, (δ − τ) / σ)               added to the gate's logits in every channel
+    s = 1 − exp(−strength · max(0, (δ − τ) / σ))     strangeness, from 0 to 1
+    g ← g + (1 − g) s                                in every channel of the gate g, the original memory's share
 
 τ is the distance that at most a stated share of validation queries exceeds; σ is how far τ lies above their median, so
-that one unit of s / strength means "as far beyond the border as the border is beyond the middle", in any number of
-channels. Within the border s is exactly 0, and the model is bit for bit the one without a guard.
+that one unit beyond the border means "as far as the border is from the middle", in any number of channels. Within the
+border s is exactly 0, and the model is bit for bit the one without a guard; far beyond, s is exactly 1, and the model
+is the base. The share is moved, not the gate's logits: how large those grow is a matter of the gate's learning rate
+(tens, in the pocket world), and a strength in their unit would mean something else for every training.
 
 M = R L: random orthonormal directions R, then the whitening L of the pooled covariance within clusters. Random ones, as
 a strange query shows where training queries vary as well as where they hardly do, and principal components keep the
@@ -24,8 +27,6 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-_MOST = 1e4  # a finite shift beside an infinite retention is no NaN
-
 
 class GuardSettings(BaseModel):
     """What the domain guard measures, and how strongly it acts."""
@@ -34,8 +35,8 @@ class GuardSettings(BaseModel):
 
     affected: float = Field(0.01, gt=0, lt=1)
     """The share of in-domain queries (or tokens) that the guard may act on, by calibration on validation rows."""
-    strength: float = Field(10.0, ge=0, allow_inf_nan=False)
-    """Added to the gate's logits for each unit of distance beyond the border; 0 turns the guard off."""
+    strength: float = Field(5.0, ge=0, allow_inf_nan=False)
+    """How fast the original memory takes over beyond the border; 0 turns the guard off."""
     directions: int = Field(64, ge=1)
     """In how many directions of the hidden states distances are measured: k numbers a token."""
     clusters: int = Field(4, ge=1)
@@ -63,7 +64,7 @@ class DomainGuard(nn.Module):
 
     @property
     def reads_query(self) -> bool:
-        """Whether `shift` wants the mean of `project` over the query, and not each token's own."""
+        """Whether `strangeness` wants the mean of `project` over the query, and not each token's own."""
         return self.settings.per == "query"
 
     @property
@@ -82,11 +83,11 @@ class DomainGuard(nn.Module):
         # not cdist, whose rounding depends on how many rows there are: the same query is to get the same answer
         return (features.unsqueeze(-2) - self.centres.to(features.dtype)).square().sum(-1).amin(-1).sqrt()
 
-    def shift(self, features: Tensor) -> Tensor:
-        """s, what is added to the gate's logits: features [..., k] -> [..., 1], at least 0 and finite."""
+    def strangeness(self, features: Tensor) -> Tensor:
+        """s, the share of the enhanced memory's part that goes to the original: features [..., k] -> [..., 1]."""
         threshold, spread = self.border.to(features.dtype)
         beyond = (self.distance(features) - threshold) / spread
-        return (self.strength * beyond.clamp(min=0)).clamp(max=_MOST).unsqueeze(-1)
+        return -torch.expm1(-self.strength * beyond.clamp(min=0)).unsqueeze(-1)
 
 
 def misfit_of_guard(weights: dict[str, Tensor], hidden_size: int) -> str | None:

@@ -129,7 +129,7 @@ def weave_at_labels(
     places: LabelPlaces,
     frozen: FrozenStates,
     enhanced: Tensor,
-    retention: float | Tensor,
+    retention: float,
     guard: DomainGuard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The fused states at the label positions, [1, N, d], and the gate there, [1, N, d], from the enhanced memory
@@ -138,12 +138,13 @@ def weave_at_labels(
     if gate.reads_query:
         projected = gate.project_query(frozen.queries, places.query_means(enhanced))  # [M, r]
         query = projected.index_select(0, places.query_of).unsqueeze(0)
+    strangeness = None
     if guard is not None and guard.reads_query:
-        shift = guard.shift(guard.project(frozen.queries)).index_select(0, places.query_of)
-        retention = retention + shift.unsqueeze(0)
+        of_queries = guard.strangeness(guard.project(frozen.queries))  # [M, 1]
+        strangeness = of_queries.index_select(0, places.query_of).unsqueeze(0)
     elif guard is not None:
-        retention = retention + guard.shift(guard.project(frozen.states)).unsqueeze(0)
-    return gate(frozen.states.unsqueeze(0), places.gather(enhanced).unsqueeze(0), query, retention)
+        strangeness = guard.strangeness(guard.project(frozen.states)).unsqueeze(0)
+    return gate(frozen.states.unsqueeze(0), places.gather(enhanced).unsqueeze(0), query, retention, strangeness)
 
 
 def hand_on(output: Any, states: Tensor) -> Any:

@@ -4,6 +4,7 @@ Knows nothing about training loops, data or evaluation. The arithmetic is in `ga
 `memory.py`, the two passes in `twin.py`, files in `saving.py`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
@@ -71,8 +72,9 @@ class IMSMModel(PeftModelForCausalLM):
     """The siamese model. Made by `get_imsm_model` or `IMSMModel.from_pretrained`.
 
     Attributes: `gate` (MemoryGate), `imsm_config`, `base_fingerprint`; `retention`: a float added to the gate's logits,
-    0 as trained, +inf the original memory, -inf the enhanced one; and `guard`: a DomainGuard, whose shift is added as
-    well (in evaluation mode only), or None, as published. `fit_guard` makes one.
+    0 as trained, +inf the original memory, -inf the enhanced one; and `guard`: a DomainGuard, which moves the gate to
+    the original memory for queries unlike those of the training data (in evaluation mode only), or None, as published.
+    `fit_guard` makes one.
     """
 
     guard: DomainGuard | None
@@ -172,8 +174,9 @@ class IMSMModel(PeftModelForCausalLM):
         return hand_on(output, fused)
 
     def _guard_of(self, call: Call) -> DomainGuard | None:
-        """The guard, unless the call is to teach the gate: what the guard does for it, it would not learn."""
-        return None if self.training or call.rehearse else self.guard
+        """The guard, unless the call is to teach the gate (what the guard does for it, it would not learn), or an
+        infinite retention has chosen one memory."""
+        return None if self.training or call.rehearse or math.isinf(self.retention) else self.guard
 
     @contextmanager
     def _calling(self, call: Call) -> Iterator[Call]:

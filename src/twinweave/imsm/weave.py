@@ -62,7 +62,7 @@ def weave(
     enhanced: Tensor,
     cache: TwinCache | None,
     call: Call,
-    retention: float | Tensor,
+    retention: float,
     kwargs: dict[str, Any],
     guard: DomainGuard | None = None,
 ) -> Tensor:
@@ -71,14 +71,14 @@ def weave(
     `kwargs` are the decoder's. What the query is made of, for the gate and for the guard, is added to `cache`.
     """
     parts = [gate.project_query(original, enhanced)] if gate.reads_query else []
-    own = guard.project(original) if guard is not None else None
-    if guard is not None and own is not None and guard.reads_query:
-        parts.append(own)
-    means = _query_means(parts, call, cache, kwargs) if parts else []
+    if guard is not None and guard.reads_query:
+        parts.append(guard.project(original))
+    means = _query_means(parts, call, cache, kwargs) if parts else ()
     query = means[0] if gate.reads_query else None
-    if guard is not None and own is not None:
-        retention = retention + guard.shift(means[-1] if guard.reads_query else own)
-    fused, share = gate(original, enhanced, query, retention)
+    strangeness = None
+    if guard is not None:
+        strangeness = guard.strangeness(means[-1] if guard.reads_query else guard.project(original))
+    fused, share = gate(original, enhanced, query, retention, strangeness)
     if call.keep_gate:
         call.gate = share
     return fused
