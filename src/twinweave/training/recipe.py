@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from peft import AdaLoraConfig, PeftConfig
@@ -342,8 +342,9 @@ def _section_at(location: Sequence[Any]) -> type[BaseModel]:
     section: type[BaseModel] = Recipe
     for part in location:
         annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
+        for kind in (annotation, *get_args(annotation)):  # a section may be optional
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                section = kind
     return section
 
 
