@@ -37,7 +37,7 @@ class GuardSettings(BaseModel):
     """The share of in-domain queries (or tokens) that the guard may act on, by calibration on validation rows."""
     strength: float = Field(5.0, ge=0, allow_inf_nan=False)
     """How fast the original memory takes over beyond the border; 0 turns the guard off."""
-    directions: int = Field(64, ge=1)
+    directions: int = Field(128, ge=1)
     """In how many directions of the hidden states distances are measured: k numbers a token."""
     clusters: int = Field(4, ge=1)
     """How many centres the training queries have; the nearest one counts."""
