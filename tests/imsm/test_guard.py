@@ -222,6 +222,20 @@ def test_generation_with_a_cache_equals_generation_without(model, plan, options)
     assert torch.equal(found, model.generate(input_ids=ids, **common, **uncached, use_cache=False))
 
 
+def test_compiled(models):
+    model, ids = models["query_gate"], batch_of(3, 7, FAR)["input_ids"]
+    options = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static", "disable_compile": True}
+    expected = model.generate(input_ids=ids, **options)
+    base = model.get_base_model()
+    plain = base.forward
+    base.forward = torch.compile(plain, backend="eager")
+    try:
+        assert torch.equal(model.generate(input_ids=ids, **options), expected)
+    finally:
+        base.forward = plain
+        torch._dynamo.reset()
+
+
 def test_the_guard_decides_what_is_generated(models):
     """Otherwise the test above could not fail."""
     model, ids = models["query_gate"], batch_of(20, 7, FAR)["input_ids"][:, :PROMPT]
