@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from twinweave.errors import UnsupportedModelError, UsageError
-from twinweave.imsm import IMSMConfig, IMSMModel
+from twinweave.imsm import DomainGuard, GuardSettings, IMSMConfig, IMSMModel
 from twinweave.methods import METHODS, get_method, label_of
 
 TRAINED = [name for name, method in METHODS.items() if method.build]
@@ -79,6 +79,11 @@ def test_a_dial_holds_for_its_block_only_whatever_happens_in_it(name, make_base,
     dial = get_method(name).dial
     model = get_method(dial.of).build(make_base(), make_peft("lora"), IMSMConfig(gate_rank=3)).eval()
     perturb(model)
+    if get_method(name).guarded:
+        with pytest.raises(UsageError, match="guard=on"), dial.apply(model, 0.5):
+            pass
+        border = torch.tensor([0.1, 1.0])
+        model.guard = DomainGuard(GuardSettings(strength=0.5), torch.eye(32)[:, :3], torch.zeros(1, 3), border)
     before = logits(model, tokens)
     with dial.apply(model, 0.5):
         assert not torch.equal(logits(model, tokens), before)

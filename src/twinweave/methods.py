@@ -78,7 +78,7 @@ class Method:
     rehearses: Literal["never", "if on", "always"] = "never"
     """Whether training uses the recipe's rehearsal: where it is on, or not without it."""
     guarded: bool = False
-    """Whether a trained model gets the recipe's domain guard."""
+    """Whether a trained model gets the recipe's domain guard; a dial: whether it turns one."""
 
 
 def _plain(
@@ -174,6 +174,18 @@ def _retention(model: IMSMModel, value: float) -> Iterator[None]:
 
 
 @contextmanager
+def _guard_strength(model: IMSMModel, value: float) -> Iterator[None]:
+    guard = model.guard
+    if guard is None:
+        raise UsageError("imsm_guard needs a model with a domain guard, and this one has none: train with guard=on.")
+    before, guard.strength = guard.strength, guard.strength * value
+    try:
+        yield
+    finally:
+        guard.strength = before
+
+
+@contextmanager
 def _scale(model: PeftModel, value: float) -> Iterator[None]:
     """Scale what the adapter adds by λ: for LoRA the same as interpolating the weights (WiSE-FT)."""
     try:
@@ -245,6 +257,15 @@ METHODS: dict[str, Method] = {
             load=_load_woven,
             dial=Dial("imsm", _retention),
             knob=Knob("retention", (1.0, 2.0, 3.0)),
+        ),
+        Method(
+            "imsm_guard",
+            "IMSM, guard dial",
+            "The trained IMSM model with its domain guard's strength multiplied; swept, nothing is trained again.",
+            load=_load_woven,
+            dial=Dial("imsm", _guard_strength),
+            knob=Knob("guard", (0.0, 1.0)),
+            guarded=True,
         ),
         Method(
             "imsm_published_retention",

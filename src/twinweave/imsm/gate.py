@@ -54,16 +54,24 @@ class MemoryGate(nn.Module):
             return h @ w_a[:d] + h_tuned @ w_a[3 * d :]
 
     def forward(
-        self, original: Tensor, enhanced: Tensor, query: Tensor | None, retention: float = 0.0
+        self,
+        original: Tensor,
+        enhanced: Tensor,
+        query: Tensor | None,
+        retention: float = 0.0,
+        strangeness: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Fuse the memories: the fused state z [B, T, d] in the input's dtype, and the gate g [B, T, d] in fp32.
 
         `original`, `enhanced`: [B, T, d]. `query`: [B, T, r], the mean of `project_query` over each position's query;
-        None where `reads_query` is false. `retention` is added to the logits. g is the share of the original memory.
+        None where `reads_query` is false. `retention` is added to the logits. g is the share of the original memory;
+        `strangeness` ([B, T, 1], from 0 to 1; see guard.py) says how much of the rest becomes the original's too.
         """
         with torch.autocast(original.device.type, enabled=False):
             h, h_tuned = _precise(original), _precise(enhanced)
             gate = torch.sigmoid(self._logits(h, h_tuned, query) + retention)
+            if strangeness is not None:
+                gate = torch.lerp(gate, gate.new_ones(()), strangeness)  # exact at both ends
             # lerp is exact at both ends and wherever the two memories are equal, so that a zero delta, or an infinite
             # retention, gives one memory back bit for bit.
             return torch.lerp(h_tuned, h, gate).to(enhanced.dtype), gate

@@ -13,6 +13,7 @@ from torch.nn.functional import kl_div, pad
 
 from ..errors import UsageError
 from .gate import MemoryGate
+from .guard import DomainGuard
 from .memory import ends_of_labels
 
 IGNORED = -100
@@ -124,7 +125,12 @@ def check_frozen(frozen: FrozenStates, places: LabelPlaces, width: int) -> None:
 
 
 def weave_at_labels(
-    gate: MemoryGate, places: LabelPlaces, frozen: FrozenStates, enhanced: Tensor, retention: float
+    gate: MemoryGate,
+    places: LabelPlaces,
+    frozen: FrozenStates,
+    enhanced: Tensor,
+    retention: float,
+    guard: DomainGuard | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The fused states at the label positions, [1, N, d], and the gate there, [1, N, d], from the enhanced memory
     [B, T, d]."""
@@ -132,7 +138,13 @@ def weave_at_labels(
     if gate.reads_query:
         projected = gate.project_query(frozen.queries, places.query_means(enhanced))  # [M, r]
         query = projected.index_select(0, places.query_of).unsqueeze(0)
-    return gate(frozen.states.unsqueeze(0), places.gather(enhanced).unsqueeze(0), query, retention)
+    strangeness = None
+    if guard is not None and guard.reads_query:
+        of_queries = guard.strangeness(guard.project(frozen.queries))  # [M, 1]
+        strangeness = of_queries.index_select(0, places.query_of).unsqueeze(0)
+    elif guard is not None:
+        strangeness = guard.strangeness(guard.project(frozen.states)).unsqueeze(0)
+    return gate(frozen.states.unsqueeze(0), places.gather(enhanced).unsqueeze(0), query, retention, strangeness)
 
 
 def hand_on(output: Any, states: Tensor) -> Any:

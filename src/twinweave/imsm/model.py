@@ -4,6 +4,7 @@ Knows nothing about training loops, data or evaluation. The arithmetic is in `ga
 `memory.py`, the two passes in `twin.py`, files in `saving.py`.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
@@ -21,6 +22,7 @@ from .cache import TwinCache, is_empty
 from .checks import adapted_behind, check_adapter, check_base, misfit, take_adapter_out
 from .config import IMSMConfig
 from .gate import MemoryGate
+from .guard import DomainGuard
 from .labels import (
     FrozenStates,
     LabelPlaces,
@@ -69,9 +71,13 @@ def get_imsm_model(
 class IMSMModel(PeftModelForCausalLM):
     """The siamese model. Made by `get_imsm_model` or `IMSMModel.from_pretrained`.
 
-    Attributes: `gate` (MemoryGate), `imsm_config`, `base_fingerprint`, and `retention`: a float added to the gate's
-    logits, 0 as trained, +inf the original memory, -inf the enhanced one.
+    Attributes: `gate` (MemoryGate), `imsm_config`, `base_fingerprint`; `retention`: a float added to the gate's logits,
+    0 as trained, +inf the original memory, -inf the enhanced one; and `guard`: a DomainGuard, which moves the gate to
+    the original memory for queries unlike those of the training data (in evaluation mode only), or None, as published.
+    `fit_guard` makes one.
     """
+
+    guard: DomainGuard | None
 
     def __init__(
         self,
@@ -96,6 +102,7 @@ class IMSMModel(PeftModelForCausalLM):
         self.retention = float(imsm_config.retention)
         width = getattr(head, "in_features", None) or head.weight.shape[-1]
         self.gate = MemoryGate(width, imsm_config).to(head.weight.device)
+        self.register_module("guard", None)
         self._twin = Twin(decoder)
         self._memory: Memory = "interwoven"
         self._call = Call()
@@ -130,7 +137,8 @@ class IMSMModel(PeftModelForCausalLM):
         if self._memory != "interwoven":
             return output
         original, enhanced, cache = self._twin.memories(args, kwargs, output)
-        fused = weave(self.gate, original, enhanced, cache, self._call, self.retention, kwargs)
+        guard = self._guard_of(self._call)
+        fused = weave(self.gate, original, enhanced, cache, self._call, self.retention, kwargs, guard)
         return with_last_hidden_state(output, fused)
 
     def _prepare_labels(self, call: Call, places: LabelPlaces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -157,7 +165,8 @@ class IMSMModel(PeftModelForCausalLM):
             return hand_on(output, places.gather(states).unsqueeze(0))
         if call.frozen is None:
             call.frozen = self._frozen_at_labels(places, args, kwargs)
-        fused, share = weave_at_labels(self.gate, places, call.frozen, states, self.retention)
+        guard = self._guard_of(call)
+        fused, share = weave_at_labels(self.gate, places, call.frozen, states, self.retention, guard)
         if call.keep_gate:
             call.gate = share
         if call.rehearse:
@@ -165,6 +174,11 @@ class IMSMModel(PeftModelForCausalLM):
             enhanced = [] if call.rehearse == "gate" else [places.gather(states).unsqueeze(0)]
             fused = torch.cat((fused, original, *enhanced))
         return hand_on(output, fused)
+
+    def _guard_of(self, call: Call) -> DomainGuard | None:
+        """The guard, unless the call is to teach the gate (what the guard does for it, it would not learn), or an
+        infinite retention has chosen one memory."""
+        return None if self.training or call.rehearse or math.isinf(self.retention) else self.guard
 
     @contextmanager
     def _calling(self, call: Call) -> Iterator[Call]:
@@ -387,16 +401,18 @@ class IMSMModel(PeftModelForCausalLM):
     # --- files --------------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:  # type: ignore[override]
-        """Write the adapter as plain PEFT does, and `imsm_config.json` + `imsm_gate.safetensors` beside it.
+        """Write the adapter as plain PEFT does, and `imsm_config.json` + `imsm_gate.safetensors` beside it, and
+        `imsm_guard.safetensors` where there is a guard.
 
         `kwargs` are PEFT's. No base weights are written. Each file appears whole or not at all.
         """
         saving.save(self, save_directory, super().save_pretrained, **kwargs)
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's `load_adapter`; a gate saved beside the adapter is loaded with it."""
+        """PEFT's `load_adapter`; gate and guard saved beside the adapter are loaded with it."""
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         saving.load_gate_if_present(self, model_id)
+        saving.load_guard_if_present(self, model_id)
         return result
 
     @classmethod

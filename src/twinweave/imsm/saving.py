@@ -1,4 +1,4 @@
-"""Saving and loading an IMSM model: PEFT's own adapter files, and the gate and its settings beside them.
+"""Saving and loading an IMSM model: PEFT's own adapter files, and gate, guard and settings beside them.
 
 Knows nothing about how the model runs. Files are safetensors and JSON; pickled weights are refused.
 """
@@ -20,12 +20,14 @@ from ..files import atomic_files_into, read_safetensors, write_json_atomic
 from ..fingerprint import BaseFingerprint, fingerprint
 from .checks import check_base
 from .config import IMSMConfig
+from .guard import DomainGuard, GuardSettings, misfit_of_guard
 
 if TYPE_CHECKING:
     from .model import IMSMModel
 
 CONFIG_NAME = "imsm_config.json"
 GATE_NAME = "imsm_gate.safetensors"
+GUARD_NAME = "imsm_guard.safetensors"
 ADAPTER_CONFIG_NAME = "adapter_config.json"
 ADAPTER_NAME = "adapter_model.safetensors"
 
@@ -55,6 +57,16 @@ def save(model: "IMSMModel", path: str | os.PathLike[str], save_adapter: Callabl
                 },
             },
         )
+        if model.guard is not None:
+            write_guard(model.guard, folder)
+
+
+def write_guard(guard: DomainGuard, folder: Path) -> None:
+    """Add a guard to a folder in which the rest of a model was saved."""
+    save_file({name: t.cpu() for name, t in guard.state_dict().items()}, folder / GUARD_NAME, metadata={"format": "pt"})
+    settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    settings["guard"] = guard.settings.model_copy(update={"strength": guard.strength}).model_dump()
+    write_json_atomic(folder / CONFIG_NAME, settings)  # last: without it the guard's file counts for nothing
 
 
 def _gate_weights(model: "IMSMModel", state_dict: dict[str, Any] | None) -> dict[str, torch.Tensor]:
@@ -132,6 +144,22 @@ def load_gate_if_present(model: "IMSMModel", path: Any) -> None:
     model.gate.load_state_dict(weights)
 
 
+def load_guard_if_present(model: "IMSMModel", path: Any) -> None:
+    """Give `model` the guard saved in folder `path`, none if it was saved without; nothing where no model was saved."""
+    folder = Path(path)
+    if not (folder / CONFIG_NAME).is_file():
+        return
+    settings = _read_settings(folder).get("guard")
+    if settings is None:
+        model.guard = None
+        return
+    weights = read_safetensors(folder / GUARD_NAME)
+    if fault := misfit_of_guard(weights, model.gate.hidden_size):
+        raise DamagedFileError(f"{folder / GUARD_NAME} {fault}. Save the model again, or fit the guard again.")
+    guard = DomainGuard(GuardSettings(**settings), **weights)
+    model.guard = guard.to(model.get_output_embeddings().weight.device)
+
+
 def _local_folder(path: str | os.PathLike[str], revision: str | None) -> Path:
     folder = Path(path)
     if folder.is_dir():
@@ -168,6 +196,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text(encoding="utf-8"))
         BaseFingerprint(**settings["base"]["fingerprint"])
         IMSMConfig.from_dict(settings["imsm"])
+        GuardSettings(**settings.get("guard") or {})
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedFileError(f"{file} cannot be read ({error!r}). Save the model again.") from error
     return settings

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from .cache import TwinCache
 from .gate import MemoryGate
+from .guard import DomainGuard
 from .labels import FrozenStates, LabelPlaces
 from .memory import ends_of_labels, extend, query_mean
 
@@ -63,18 +64,32 @@ def weave(
     call: Call,
     retention: float,
     kwargs: dict[str, Any],
+    guard: DomainGuard | None = None,
 ) -> Tensor:
     """The fused state of both memories: [B, T, d] each -> [B, T, d].
 
-    `kwargs` are the decoder's. What the query is made of is added to `cache`.
+    `kwargs` are the decoder's. What the query is made of, for the gate and for the guard, is added to `cache`.
     """
-    query = None
-    if gate.reads_query:
-        query = _query_projection(gate.project_query(original, enhanced), call, cache, kwargs)
-    fused, share = gate(original, enhanced, query, retention)
+    parts = [gate.project_query(original, enhanced)] if gate.reads_query else []
+    if guard is not None and guard.reads_query:
+        parts.append(guard.project(original))
+    means = _query_means(parts, call, cache, kwargs) if parts else ()
+    query = means[0] if gate.reads_query else None
+    strangeness = None
+    if guard is not None:
+        strangeness = guard.strangeness(means[-1] if guard.reads_query else guard.project(original))
+    fused, share = gate(original, enhanced, query, retention, strangeness)
     if call.keep_gate:
         call.gate = share
     return fused
+
+
+def _query_means(
+    parts: list[Tensor], call: Call, cache: TwinCache | None, kwargs: dict[str, Any]
+) -> tuple[Tensor, ...]:
+    """The means of several kinds of features, [B, T, …] each, over each position's query."""
+    joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
+    return _query_projection(joined, call, cache, kwargs).split([part.shape[-1] for part in parts], dim=-1)
 
 
 @torch.compiler.disable  # its sizes change with every token, and it is a few numbers
@@ -82,6 +97,10 @@ def _query_projection(features: Tensor, call: Call, cache: TwinCache | None, kwa
     """Each position's projected query memory, [B, T, r] (or [B, 1, r]), of features [B, T, r]."""
     rows, length = features.shape[:2]
     state = cache.query if cache is not None else None
+    if state is not None and state.features.shape[-1] != features.shape[-1]:
+        raise UsageError(
+            "This cache was begun with another domain guard than the model has now, or with none. Start a new one."
+        )
     first = state.columns if state is not None else 0
     if state is not None and call.prompt_columns is not None and first >= call.prompt_columns:
         settled = state.answer(features, by=call)

@@ -9,7 +9,7 @@ import json
 import math
 import resource
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,9 +25,11 @@ from ..errors import DataError, RecipeError
 from ..evaluation import read_examples
 from ..files import atomic_directory, write_json_atomic
 from ..fingerprint import fingerprint
-from ..imsm import IMSMModel
+from ..imsm import DomainGuard, GuardSettings, IMSMModel, fit_guard
 from ..imsm.labels import FrozenStates
+from ..imsm.saving import write_guard
 from ..methods import Method
+from ..progress import track
 from ..rehearsal import Materials, RehearsalRows, Written, load_sequences, make_rows, read_sequences, write_sequences
 from . import checkpoints
 from .base import free_memory, load_base, load_window
@@ -38,6 +40,7 @@ from .trainer import TwinweaveTrainer
 
 FINISHED = "training.json"
 PUBLISHED_GATE_RATE, PUBLISHED_WIDTH = 1e-3, 4096
+_GUARDED_ROWS = 10_000  # more training rows move the guard's few statistics by less than validation can tell
 
 
 @dataclass(frozen=True)
@@ -109,9 +112,12 @@ def fit(
     )
     _reset_peak_memory()
     trainer.train_or_resume()
+    guard = None
+    if isinstance(model, IMSMModel) and method.guarded and recipe.guard is not None:
+        guard = _fitted_guard(model, data, collator, section.batch_size, recipe.guard)
     with trainer.writing("the trained model"):
         model.save_pretrained(str(folder / "last"))
-        _copy_model(trainer.best_checkpoint(), folder / "best")
+        _copy_model(trainer.best_checkpoint(), folder / "best", guard)
     training = Training(
         train_seconds=trainer.seconds,
         tokens_per_second=trainer.tokens / trainer.seconds,
@@ -253,12 +259,29 @@ def _arguments(section: TrainingSection, seed: int, steps: int, folder: Path, da
         raise RecipeError(f"training: {error}") from error
 
 
-def _copy_model(checkpoint: Path, goal: Path) -> None:
-    """The model's own files out of a checkpoint, without the optimizer and the trainer's state."""
+def _fitted_guard(
+    model: IMSMModel, data: TrainingData, collator: CompletionCollator, batch_size: int, settings: GuardSettings
+) -> DomainGuard:
+    """The guard for the training rows, calibrated on the validation rows."""
+
+    def batches(rows: datasets.Dataset, title: str) -> Iterator[dict[str, Tensor]]:
+        for start in track(range(0, len(rows), batch_size), title):
+            yield collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+
+    train = data.train.shuffle(seed=0).select(range(min(len(data.train), _GUARDED_ROWS)))
+    return fit_guard(
+        model, batches(train, "domain guard"), batches(data.validation, "domain guard, calibration"), settings
+    )
+
+
+def _copy_model(checkpoint: Path, goal: Path, guard: DomainGuard | None) -> None:
+    """The model's own files out of a checkpoint, without the optimizer and the trainer's state; and the guard."""
     with atomic_directory(goal) as folder:
         for file in checkpoint.iterdir():
             if file.name.startswith(("adapter_", "imsm_")):
                 shutil.copy2(file, folder / file.name)
+        if guard is not None:
+            write_guard(guard, folder)
 
 
 def _losses(trainer: TwinweaveTrainer) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 from peft import AdaLoraConfig, PeftConfig
@@ -23,7 +23,7 @@ from transformers.training_args import OptimizerNames
 
 from ..errors import RecipeError, unknown_name
 from ..evaluation import Task, resolve_task
-from ..imsm import IMSMConfig
+from ..imsm import GuardSettings, IMSMConfig
 from ..methods import Method, get_method, knobs
 from ..rehearsal import RehearsalSettings
 
@@ -156,6 +156,8 @@ class Recipe(_Section):
     imsm: dict[str, Any] = {}
     rehearsal: RehearsalSettings | None = RehearsalSettings()
     """What the base writes itself and IMSM's gate rehearses; `null`: nothing, as published."""
+    guard: GuardSettings | None = None
+    """IMSM's domain guard, fitted behind the training; `null`: none, as published."""
     training: TrainingSection = TrainingSection()
     evaluation: EvaluationSection = EvaluationSection()
     sweeps: dict[str, list[float]] = {}
@@ -172,9 +174,9 @@ class Recipe(_Section):
     def _train_by_path(cls, value: Any) -> Any:
         return {"data": value} if isinstance(value, str) else value
 
-    @field_validator("rehearsal", mode="before")
+    @field_validator("rehearsal", "guard", mode="before")
     @classmethod
-    def _rehearsal_or_off(cls, value: Any) -> Any:
+    def _section_or_off(cls, value: Any) -> Any:
         return (
             {True: {}, False: None}.get(value, value) if isinstance(value, bool) else value
         )  # bare on and off of YAML
@@ -197,6 +199,10 @@ class Recipe(_Section):
             method = get_method(name)
             if name in self.methods and method.dial and method.dial.of not in self.methods:
                 raise RecipeError(f"methods: {name} dials the trained {method.dial.of}; add '{method.dial.of}' too.")
+            if method.dial and method.guarded and self.guard is None:
+                raise RecipeError(
+                    f"methods: {name} dials the domain guard, which is off; set guard=on, or leave it out."
+                )
         if get_method(self.method).build is None:
             raise RecipeError(f"method: '{self.method}' trains nothing itself; use it in `methods` of `compare`.")
         names = [self.target.name, *(task.name for task in self.retained)]
@@ -337,8 +343,9 @@ def _section_at(location: Sequence[Any]) -> type[BaseModel]:
     section: type[BaseModel] = Recipe
     for part in location:
         annotation = section.model_fields[part].annotation if part in section.model_fields else None
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
+        for kind in (annotation, *get_args(annotation)):  # a section may be optional
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                section = kind
     return section
 
 
