@@ -5,7 +5,7 @@ Knows nothing about data, training loops or scores.
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -70,8 +70,6 @@ class Method:
     build: Build | None = None
     load: Load | None = None
     dial: Dial | None = None
-    own_learning_rates: dict[str, str] = field(default_factory=dict)
-    """Prefix of parameter names -> the key of the recipe's training section that holds their learning rate."""
     knob: Knob | None = None
     term: MakeTerm | None = None
     """What is added to the task's loss."""
@@ -202,8 +200,6 @@ def _scale(model: PeftModel, value: float) -> Iterator[None]:
         context.__exit__(None, None, None)
 
 
-_GATE = {"gate.": "gate_learning_rate"}
-
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -242,14 +238,17 @@ METHODS: dict[str, Method] = {
                _own(corda_model), load_plain, knob=Knob("corda_rate", (0.1, 0.3, 1.0), "learning_rate"),
                rehearses="always"),
         Method("imsm", "IMSM", "Both memories, fused by the query-aware gate, with the recipe's rehearsal and guard.",
-               _woven("query_gate"), _load_woven, own_learning_rates=_GATE, term=gate_rehearsal, rehearses="if on",
+               _woven("query_gate"), _load_woven, term=gate_rehearsal, rehearses="if on",
                guarded=True),
         Method("imsm_published", "IMSM as published", "IMSM without rehearsal and guard, as in its paper.",
-               _woven("query_gate"), _load_woven, own_learning_rates=_GATE),
+               _woven("query_gate"), _load_woven),
         Method("imsm_gate", "IMSM, gate without query", "Both memories, fused by a gate that does not see the query.",
-               _woven("gate"), _load_woven, own_learning_rates=_GATE),
+               _woven("gate"), _load_woven),
         Method("imsm_average", "IMSM, 1:1 average", "Both memories in equal shares, without a gate.",
                _woven("average"), _load_woven),
+        Method("imsm_guard_alone", "plain PEFT + domain guard",
+               "The adapter alone within the training data's domain, the base beyond: the guard without the gate.",
+               _woven("enhanced"), _load_woven, guarded=True),
         Method(
             "imsm_retention",
             "IMSM, retention dial",

@@ -50,12 +50,12 @@ def ids(tokens):
     return tokens(2, 11)
 
 
-@pytest.mark.parametrize("fusion", ["query_gate", "gate", "average"])
+@pytest.mark.parametrize("fusion", ["query_gate", "gate", "average", "enhanced"])
 @torch.no_grad()
 def test_step_zero_is_the_base_bit_for_bit(arch, fusion, make_base, make_imsm, ids):
     expected = make_base(arch)(input_ids=ids).logits
     model = make_imsm(arch, "lora", trained=False, fusion=fusion)
-    if fusion != "average":
+    if fusion not in ("average", "enhanced"):
         model.gate.w_b.data.normal_()  # whatever the gate says
     assert torch.equal(model(input_ids=ids).logits, expected)
 
@@ -129,7 +129,7 @@ def test_infinite_retention_is_the_base_and_the_adapter(arch, peft_kind, make_ba
     assert not torch.allclose(woven, enhanced, atol=1e-3)
 
 
-@pytest.mark.parametrize("fusion", ["query_gate", "gate", "average"])
+@pytest.mark.parametrize("fusion", ["query_gate", "gate", "average", "enhanced"])
 @torch.no_grad()
 def test_infinite_retention_for_every_fusion_also_while_generating(fusion, make_base, make_imsm, ids):
     model, base = make_imsm("llama", fusion=fusion), make_base()
@@ -316,10 +316,10 @@ def test_ends_are_exact_under_autocast(make_base, make_imsm, ids):
         assert torch.equal(model(input_ids=ids).logits, base(input_ids=ids).logits)
 
 
-@pytest.mark.parametrize("fusion", ["query_gate", "gate", "average"])
+@pytest.mark.parametrize("fusion", ["query_gate", "gate", "average", "enhanced"])
 def test_number_of_gate_parameters(fusion, make_imsm):
     d, r = 32, 7
-    expected = {"query_gate": 5 * d * r, "gate": 3 * d * r, "average": 0}[fusion]
+    expected = {"query_gate": 5 * d * r, "gate": 3 * d * r, "average": 0, "enhanced": 0}[fusion]
     model = make_imsm(trained=False, gate_rank=r, fusion=fusion)
     assert sum(p.numel() for p in model.gate.parameters()) == expected
     plain = make_imsm(trained=False, fusion="average").get_nb_trainable_parameters()[0]

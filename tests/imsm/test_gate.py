@@ -102,6 +102,17 @@ def test_shapes_of_the_factors(fusion, rows):
     assert gate.w_a.shape == (rows * 16, 5)
     assert gate.w_b.shape == (5, 16)
     assert not list(MemoryGate(16, IMSMConfig(fusion="average")).parameters())
+    assert not list(MemoryGate(16, IMSMConfig(fusion="enhanced")).parameters())
+
+
+def test_the_enhanced_memory_alone_is_that_memory():
+    gate = MemoryGate(16, IMSMConfig(fusion="enhanced"))
+    h, h_tuned = torch.randn(2, 2, 5, 16, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(gate(h, h_tuned, None)[0], h_tuned)
+    assert torch.equal(gate(h, h_tuned, None, retention=50.0)[0], h_tuned)
+    assert torch.equal(gate(h, h_tuned, None, retention=float("inf"))[0], h)
+    strange = torch.tensor([1.0, 0.0]).view(2, 1, 1).expand(2, 5, 1)
+    assert torch.equal(gate(h, h_tuned, None, strangeness=strange)[0], torch.stack((h[0], h_tuned[1])))
 
 
 def test_half_precision_states_are_gated_in_fp32():

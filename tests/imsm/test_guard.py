@@ -19,7 +19,7 @@ from twinweave.imsm.guard import DomainGuard
 
 PROMPT, LENGTH = 6, 10
 NEAR, FAR = 3, 33  # the lowest token of the training prompts, of 6 in a row, and of strange ones
-FUSIONS = ("query_gate", "gate", "average")
+FUSIONS = ("query_gate", "gate", "average", "enhanced")
 
 
 def batch_of(rows, seed, lowest=NEAR):

@@ -76,7 +76,7 @@ def test_every_adapter(peft_kind, make_imsm, tokens):
     assert_same(run(model, batch, logits_at_labels=True), run(model, batch), batch)
 
 
-@pytest.mark.parametrize("fusion", ["query_gate", "gate", "average"])
+@pytest.mark.parametrize("fusion", ["query_gate", "gate", "average", "enhanced"])
 def test_every_fusion(fusion, make_imsm, tokens):
     model, batch = make_imsm(fusion=fusion, retention=0.5), batch_of(SHAPES["one answer each"], tokens)
     expected = run(model, batch)

@@ -42,7 +42,7 @@ def test_load_onto_a_fresh_base(arch, make_base, make_imsm, ids, tmp_path):
     assert loaded.base_fingerprint == model.base_fingerprint
 
 
-@pytest.mark.parametrize("fusion", ["query_gate", "gate", "average"])
+@pytest.mark.parametrize("fusion", ["query_gate", "gate", "average", "enhanced"])
 @torch.no_grad()
 def test_load_every_adapter_and_fusion(peft_kind, fusion, make_base, make_imsm, ids, tmp_path):
     model = make_imsm("llama", peft_kind, fusion=fusion, gate_rank=5, gate_dropout=0.1)

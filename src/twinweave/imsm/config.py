@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from ..errors import UsageError, unknown_name
 
-Fusion = Literal["query_gate", "gate", "average"]
+Fusion = Literal["query_gate", "gate", "average", "enhanced"]
 
 
 @dataclass
@@ -18,7 +18,8 @@ class IMSMConfig:
     """Rank r of the gate; the paper's best of 4, 8 and 16. The full gate has 5·d·r parameters."""
 
     fusion: Fusion = "query_gate"
-    """`query_gate`: the paper's gate. `gate`: without the query memories. `average`: half of each, no parameters."""
+    """`query_gate`: the paper's gate. `gate`: without the query memories. `average`: half of each, no parameters.
+    `enhanced`: the enhanced memory alone, which only a domain guard makes way for: routing without a gate."""
 
     gate_dropout: float = 0.0
     """Dropout behind each of the two gate factors while training. The paper states none; its code used 0.1."""

@@ -18,6 +18,10 @@ from torch import Tensor, nn
 
 from .config import IMSMConfig
 
+# The constant logits of fusions that are not learned: half of each memory; none of the original one, to the last bit,
+# and yet finite, so that a retention of +inf still selects it.
+_WITHOUT_PARAMETERS = {"average": 0.0, "enhanced": -1e4}
+
 
 class MemoryGate(nn.Module):
     """The gate's parameters and arithmetic, in fp32 whatever the model's precision is.
@@ -31,7 +35,7 @@ class MemoryGate(nn.Module):
         self.hidden_size = hidden_size
         self.fusion = config.fusion
         self.dropout = nn.Dropout(config.gate_dropout)
-        if self.fusion != "average":
+        if self.fusion not in _WITHOUT_PARAMETERS:
             blocks = 4 if self.fusion == "query_gate" else 2
             self.w_a = nn.Parameter(torch.empty(blocks * hidden_size, config.gate_rank, dtype=torch.float32))
             self.w_b = nn.Parameter(torch.zeros(config.gate_rank, hidden_size, dtype=torch.float32))
@@ -77,8 +81,8 @@ class MemoryGate(nn.Module):
             return torch.lerp(h_tuned, h, gate).to(enhanced.dtype), gate
 
     def _logits(self, h: Tensor, h_tuned: Tensor, query: Tensor | None) -> Tensor:
-        if self.fusion == "average":
-            return torch.zeros_like(h)
+        if self.fusion in _WITHOUT_PARAMETERS:
+            return torch.full_like(h, _WITHOUT_PARAMETERS[self.fusion])
         d = self.hidden_size
         w_a, w_b = self.w_a.to(h.dtype), self.w_b.to(h.dtype)
         start = d if self.reads_query else 0

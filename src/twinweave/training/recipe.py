@@ -199,9 +199,9 @@ class Recipe(_Section):
             method = get_method(name)
             if name in self.methods and method.dial and method.dial.of not in self.methods:
                 raise RecipeError(f"methods: {name} dials the trained {method.dial.of}; add '{method.dial.of}' too.")
-            if method.dial and method.guarded and self.guard is None:
+            if name in ("imsm_guard", "imsm_guard_alone") and self.guard is None:
                 raise RecipeError(
-                    f"methods: {name} dials the domain guard, which is off; set guard=on, or leave it out."
+                    f"methods: {name} needs the domain guard, which is off; set guard=on, or leave it out."
                 )
         if get_method(self.method).build is None:
             raise RecipeError(f"method: '{self.method}' trains nothing itself; use it in `methods` of `compare`.")
