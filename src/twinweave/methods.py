@@ -176,7 +176,7 @@ def _guard_strength(model: IMSMModel, value: float) -> Iterator[None]:
     guard = model.guard
     if guard is None:
         raise UsageError("imsm_guard needs a model with a domain guard, and this one has none: train with guard=on.")
-    before, guard.strength = guard.strength, guard.strength * value
+    before, guard.strength = guard.strength, value
     try:
         yield
     finally:
@@ -260,10 +260,10 @@ METHODS: dict[str, Method] = {
         Method(
             "imsm_guard",
             "IMSM, guard dial",
-            "The trained IMSM model with its domain guard's strength multiplied; swept, nothing is trained again.",
+            "The trained IMSM model with its domain guard at other strengths, 0 being off; nothing is trained again.",
             load=_load_woven,
             dial=Dial("imsm", _guard_strength),
-            knob=Knob("guard", (0.0, 1.0)),
+            knob=Knob("guard", (0.0, 5.0)),
             guarded=True,
         ),
         Method(

@@ -32,9 +32,10 @@ class RehearsalSettings(BaseModel):
     weight: float = Field(1.0, ge=0)
     """Of the divergence from the original memory's next-token distributions, in nats per token, beside the task's."""
     gate_weight: float = Field(0.3, ge=0)
-    """Of -log g, g being the gate on rehearsed text: it learns to lead to the original memory there from the start,
-    while the two memories hardly differ and the divergence has nothing to say yet."""
-    trains: Literal["gate", "both"] = "gate"
-    """What IMSM's rehearsal teaches: the gate alone, or gate and adapter."""
+    """Of telling the gate where each memory belongs: -log g on rehearsed text and -log(1 - g) on the task's labels, g
+    being the original memory's share. While the two memories hardly differ, the divergence has nothing to say, and the
+    task alone would close the gate everywhere. Fades to 0 over the training."""
+    trains: Literal["gate", "both"] = "both"
+    """What IMSM's rehearsal teaches: the gate alone, which is cheaper, or gate and adapter."""
     seed: int = 0
     """Of the writing, the ends of queries and the places."""

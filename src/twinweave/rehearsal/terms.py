@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import kl_div
 
 from ..errors import RecipeError
-from ..imsm.labels import FrozenStates
+from ..imsm.labels import IGNORED, FrozenStates
 from .rows import RehearsalRows
 
 _TINY = torch.finfo(torch.float32).tiny  # so that the logarithm's gradient stays finite
@@ -60,12 +60,25 @@ def gate_rehearsal(model: PeftModel, materials: Materials) -> Term | None:
         frozen = materials.frozen(batch) if materials.frozen is not None else None
         out = model(**batch, frozen=frozen, use_cache=False, rehearse=settings.trains, output_gate=True)
         loss: Tensor = settings.weight * out.loss
-        prior = settings.gate_weight * max(0.0, 1 - step / materials.steps)
-        if prior:
-            loss = loss - prior * out.gate.clamp_min(_TINY).log().mean()
+        told = settings.gate_weight * max(0.0, 1 - step / materials.steps)
+        if told:
+            loss = loss + told * (_surprise(out.gate) + _surprise(1 - _gate_at_labels(inputs, outputs)))
         return settings.every * loss
 
     return term
+
+
+def _surprise(share: Tensor) -> Tensor:
+    """-log of a memory's share, the mean over places and channels."""
+    return -share.clamp_min(_TINY).log().mean()
+
+
+def _gate_at_labels(inputs: Batch, outputs: Any) -> Tensor:
+    """The gate where the task's labels are predicted, [N, d]; the trainer asked for it."""
+    gate: Tensor = outputs["gate"]
+    if inputs.get("logits_at_labels") is not None:
+        return gate[0]
+    return gate[:, :-1][inputs["labels"][:, 1:] != IGNORED]
 
 
 def divergence(base: Tensor, other: Tensor) -> Tensor:

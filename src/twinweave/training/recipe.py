@@ -212,7 +212,7 @@ class Recipe(_Section):
             raise RecipeError(f"seeds: {self.seeds} must be a list of different whole numbers from 0, at least one.")
         for knob, values in self.sweeps.items():
             if knob not in knobs():
-                raise RecipeError(unknown_name("knob in sweeps:", knob, knobs()))
+                raise RecipeError(unknown_name("knob", f"sweeps.{knob}", [f"sweeps.{name}" for name in knobs()]))
             if len(set(values)) != len(values) or not all(math.isfinite(value) for value in values):
                 raise RecipeError(f"sweeps.{knob}: {values} must be a list of different finite numbers.")
         self.imsm_config()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..imsm import IMSMModel
 from ..rehearsal import Term
 
 
@@ -27,8 +28,11 @@ class TermTrainer(Trainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """As in transformers, with the method's own term added in training; validation is of the task alone."""
+        asked = self._term is not None and model.training and self.accelerator.sync_gradients  # once for a step
+        if asked and isinstance(self.model, IMSMModel):
+            inputs = {**inputs, "output_gate": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self._term is not None and model.training and self.accelerator.sync_gradients:  # once for an optimizer step
+        if asked and self._term is not None:
             term = self._term(model, inputs, outputs, self.state.global_step)
             if term is not None:
                 self._terms_since_log.append(term.detach())
