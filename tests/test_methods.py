@@ -81,7 +81,7 @@ def test_a_dial_holds_for_its_block_only_whatever_happens_in_it(name, make_base,
         with pytest.raises(UsageError, match="guard=on"), dial.apply(model, 0.5):
             pass
         border = torch.tensor([0.1, 1.0])
-        model.guard = DomainGuard(GuardSettings(strength=0.5), torch.eye(32)[:, :3], torch.zeros(1, 3), border)
+        model.guard = DomainGuard(GuardSettings(strength=5.0), torch.eye(32)[:, :3], torch.zeros(1, 3), border)
     before = logits(model, tokens)
     with dial.apply(model, 0.5):
         assert not torch.equal(logits(model, tokens), before)

@@ -102,6 +102,7 @@ def recipe_values(world: Path, **changes: Any) -> dict[str, Any]:
         "seeds": [0, 1],
         "peft": {"type": "lora", "r": 4, "lora_alpha": 8, "lora_dropout": 0.2, "target_modules": ["q_proj", "v_proj"]},
         "imsm": {"gate_rank": 2, "gate_dropout": 0.1},
+        "rehearsal": None,  # takes longer than the training
         "training": {"epochs": 3, "batch_size": 5, "learning_rate": 1e-2, "gate_learning_rate": 2e-2, "log_every": 3},
         "evaluation": {"lens_prompts": 2},
         "sweeps": {"scale": [0.5, 1.0], "retention": [0.0, 2.0]},

@@ -158,8 +158,9 @@ def load_training_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed:
 
 def load_rehearsal(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> RehearsalRows:
     """The general text that the recipe asks for: written by the base, once, into `folder`, or the user's own."""
-    settings = recipe.rehearsal
-    assert settings is not None
+    assert recipe.rehearsal is not None
+    length = min(recipe.rehearsal.length, load_window(recipe.base))
+    settings = recipe.rehearsal.model_copy(update={"length": length})
     written: list[Written] = []
     if settings.sequences:
         base = load_base(recipe.base)
