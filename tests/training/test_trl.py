@@ -6,7 +6,8 @@ import torch
 
 import tiny_runs
 from twinweave.methods import get_method
-from twinweave.training import load_base, load_recipe
+from twinweave.rehearsal import RehearsalSettings, self_rehearsal
+from twinweave.training import TermTrainer, load_base, load_recipe
 
 trl = pytest.importorskip("trl")
 
@@ -57,3 +58,25 @@ def test_its_default_loss_trains_both_memories_to_the_loss_of_our_forward(traine
             torch.testing.assert_close(dict(model.named_parameters())[name].grad, grad, rtol=1e-4, atol=1e-6)
     with model.use_memory("enhanced"):
         assert abs(model(**inputs).loss - found) > 1e-3
+
+
+def test_rehearsal_goes_into_its_training(trainer, world):
+    """`TermTrainer` before TRL's own; the term's gradient reaches the gate through TRL's way of computing its loss."""
+
+    class RehearsingTrainer(TermTrainer, trl.SFTTrainer):
+        pass
+
+    settings = RehearsalSettings(sequences=8, length=12, positions=4)
+    term = self_rehearsal(trainer.model, tiny_runs.word_tokenizer(), settings, steps=6, batch_size=2)
+    rehearsing = RehearsingTrainer(
+        model=trainer.model,
+        args=trainer.args,
+        train_dataset=trainer.train_dataset,
+        processing_class=tiny_runs.word_tokenizer(),
+        term=term,
+    )
+    rehearsing.train()
+    logs = [entry for entry in rehearsing.state.log_history if "loss" in entry]
+    assert len(logs) == 6
+    assert all(entry["term"] > 0 for entry in logs)
+    assert all(parameter.grad is None or parameter.grad.isfinite().all() for parameter in trainer.model.parameters())

@@ -1,6 +1,7 @@
 """General text that a method may rehearse while it is trained: written by the base itself, or brought by the user."""
 
 from .own_text import read_sequences
+from .own_trainer import self_rehearsal
 from .rows import RehearsalRows, Written, make_rows
 from .self_written import is_chat, write_sequences
 from .settings import RehearsalSettings
@@ -20,5 +21,6 @@ __all__ = [
     "load_sequences",
     "make_rows",
     "read_sequences",
+    "self_rehearsal",
     "write_sequences",
 ]

@@ -5,11 +5,13 @@ from .fit import Training, fit, load_rehearsal, load_training_data
 from .frozen_choice import remove_store
 from .frozen_store import FrozenStore
 from .recipe import Recipe, load_recipe
+from .term import TermTrainer
 from .trainer import TwinweaveTrainer
 
 __all__ = [
     "FrozenStore",
     "Recipe",
+    "TermTrainer",
     "Training",
     "TwinweaveTrainer",
     "default_device",
