@@ -6,7 +6,8 @@ far, as in plain text. Knows nothing about models and losses.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from ..data.collator import IGNORED_LABEL
 from .settings import RehearsalSettings
+
+_BATCHES_TO_SORT = 16
 
 Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
@@ -54,6 +57,7 @@ class RehearsalRows:
     collator: Collator
     settings: RehearsalSettings
     batch_size: int
+    _orders: dict[tuple[int, int], numpy.ndarray] = field(default_factory=dict, repr=False, compare=False)
 
     def batch(self, step: int, seed: int) -> dict[str, Tensor] | None:
         """What is rehearsed at a training step: `input_ids`, `attention_mask`, `labels` and `query_mask`, all [B, T];
@@ -61,11 +65,26 @@ class RehearsalRows:
         if step % self.settings.every or not len(self.rows):
             return None
         size = min(self.batch_size, len(self.rows))
-        first = step // self.settings.every * size
-        chosen = [self._row(first + offset, seed) for offset in range(size)]
-        return self.collator([self.rows[index] for index in chosen])
+        numbers = range(step // self.settings.every * size, (step // self.settings.every + 1) * size)
+        rounds = [divmod(number, len(self.rows)) for number in numbers]
+        return self.collator([self.rows[int(self._order(seed, again)[place])] for again, place in rounds])
 
-    def _row(self, number: int, seed: int) -> int:
-        """The `number`-th row of an endless reading in which each round has an order of its own."""
-        again, place = divmod(number, len(self.rows))
-        return int(numpy.random.default_rng((seed, again)).permutation(len(self.rows))[place])
+    def _order(self, seed: int, again: int) -> numpy.ndarray:
+        """The order of the rows in one round: by chance, with neighbours of about the same length, since what a batch
+        costs is its longest row."""
+        if (seed, again) in self._orders:
+            return self._orders[seed, again]
+        random = numpy.random.default_rng((seed, again))
+        order, size = random.permutation(len(self.rows)), min(self.batch_size, len(self.rows))
+        batches: list[numpy.ndarray] = []
+        for start in range(0, len(order), _BATCHES_TO_SORT * size):
+            some = order[start : start + _BATCHES_TO_SORT * size]
+            some = some[numpy.argsort(self._lengths[some], kind="stable")]
+            alike = [some[first : first + size] for first in range(0, len(some), size)]
+            batches += [alike[index] for index in random.permutation(len(alike))]
+        self._orders[seed, again] = numpy.concatenate(batches)
+        return self._orders[seed, again]
+
+    @cached_property
+    def _lengths(self) -> numpy.ndarray:
+        return numpy.array([len(ids) for ids in self.rows["input_ids"]])
