@@ -12,7 +12,13 @@ import pytest
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 # Appended to commands that train, so that they take seconds here.
-SHORT = ["training.max_steps=4", "training.evaluate_every=2", "train.limit=64", "evaluation.lens_prompts=2", "rehearsal.sequences=50"]
+SHORT = [
+    "training.max_steps=4",
+    "training.evaluate_every=2",
+    "train.limit=64",
+    "evaluation.lens_prompts=2",
+    "rehearsal.sequences=50",
+]
 
 
 def blocks(language: str) -> list[str]:

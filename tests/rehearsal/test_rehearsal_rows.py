@@ -66,7 +66,9 @@ def test_another_seed_reads_in_another_order():
     assert sorted(general.batch(0, 1)) == sorted(general.batch(0, 2))
 
 
-@pytest.mark.parametrize("change", [{"length": 2}, {"temperature": 0}, {"every": 0}, {"weight": -1}, {"trains": "all"}])
+@pytest.mark.parametrize(
+    "change", [{"length": 2}, {"temperature": 0}, {"every": 0}, {"weight": -1}, {"adapter_weight": -1}]
+)
 def test_settings_out_of_range_are_refused(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         RehearsalSettings(**change)

@@ -54,6 +54,8 @@ def test_the_loss_is_the_divergence(arch, fusion, make_imsm, tokens):
     with torch.no_grad():
         expected = expected + naive(model, batch, "enhanced")
     torch.testing.assert_close(out.loss.double(), expected, rtol=1e-4, atol=1e-6)
+    assert out.divergences.shape == (2,)
+    assert torch.equal(out.divergences.sum(), out.loss)
     assert out.logits.shape[:2] == (1, places)
     out = model(**batch, rehearse="gate", output_gate=True)
     assert out.gate.shape[:2] == (1, places)

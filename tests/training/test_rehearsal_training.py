@@ -57,7 +57,7 @@ def test_it_is_learned_and_can_be_left_out(world):
     assert all(not torch.equal(plain[name], rehearsed[name]) for name in gate)
 
 
-def divergence(world, folder, trains="gate"):
+def divergence(world, folder):
     from twinweave.imsm import IMSMModel
 
     recipe = recipe_of(world)
@@ -71,8 +71,8 @@ def test_the_divergence_becomes_smaller(world):
     """On rows of the same base, by either way to rehearse."""
     long = ["training.epochs=12", *STILL]
     run(world, "plain", general=False, overrides=long)
-    run(world, "gate", overrides=long)
-    run(world, "both", overrides=long, trains="both")
+    run(world, "gate", overrides=long, adapter_weight=0.0)
+    run(world, "both", overrides=long, adapter_weight=1.0)
     plain, gate, both = (divergence(world, name) for name in ("plain", "gate", "both"))
     assert gate < 0.8 * plain
     assert both < 0.8 * plain

@@ -173,14 +173,16 @@ def trim(output: Any, count: int) -> Any:
 
 def compared(output: Any) -> Any:
     """The model's `output` for the interwoven, the original and perhaps the enhanced memory, logits [2 or 3, N, V],
-    with the interwoven logits [1, N, V] alone; its loss is the divergence KL(original ‖ other) in nats per position,
-    summed over the others."""
+    with the interwoven logits [1, N, V] alone; `divergences` [1 or 2] are KL(original ‖ other) in nats per position for
+    the others, and the loss is their sum."""
     is_tuple = isinstance(output, tuple)
     logits = output[0] if is_tuple else output.logits
     log_probs = logits.float().log_softmax(-1)
     original, others = log_probs[1:2].detach(), log_probs[[0, *range(2, len(log_probs))]]
-    loss = kl_div(others, original.expand_as(others), log_target=True, reduction="sum") / max(logits.shape[1], 1)
+    per_place = kl_div(others, original.expand_as(others), log_target=True, reduction="none").sum(-1)
+    divergences = per_place.sum(-1) / max(logits.shape[1], 1)
     if is_tuple:
-        return (loss, logits[:1], *output[1:])
-    output.loss, output.logits = loss, logits[:1]
+        return (divergences.sum(), logits[:1], *output[1:])
+    output.loss, output.logits = divergences.sum(), logits[:1]
+    output["divergences"] = divergences
     return output

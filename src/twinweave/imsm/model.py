@@ -231,8 +231,9 @@ class IMSMModel(PeftModelForCausalLM):
         frozen pass is run.
 
         `rehearse`: `out.loss` becomes the divergence KL(original ‖ interwoven) of the next-token distributions at the N
-        label positions, in nats per token, and only the gate ("gate") or gate and adapter ("both") learn from it; the
-        labels say where, and their values count for nothing.
+        label positions, in nats per token, and only the gate learns from it ("gate"); or that and KL(original ‖
+        enhanced), and gate and adapter learn ("both"; `out.divergences` has the two). The labels say where, and their
+        values count for nothing.
         """
         source = input_ids if input_ids is not None else inputs_embeds
         if query_mask is not None and source is not None and query_mask.shape[0] != source.shape[0]:

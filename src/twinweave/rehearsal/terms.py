@@ -47,7 +47,8 @@ MakeTerm = Callable[[PeftModel, Materials], Term | None]
 
 
 def gate_rehearsal(model: PeftModel, materials: Materials) -> Term | None:
-    """IMSM's rehearsal: KL(original ‖ interwoven) on general text, with gradient to the gate (or to both)."""
+    """IMSM's rehearsal: on general text both memories are to say what the original one says, and the gate is told where
+    each memory belongs. None where there is nothing to rehearse."""
     general = materials.rehearsal
     if general is None:
         return None
@@ -58,8 +59,11 @@ def gate_rehearsal(model: PeftModel, materials: Materials) -> Term | None:
         if batch is None:
             return None
         frozen = materials.frozen(batch) if materials.frozen is not None else None
-        out = model(**batch, frozen=frozen, use_cache=False, rehearse=settings.trains, output_gate=True)
-        loss: Tensor = settings.weight * out.loss
+        rehearse = "both" if settings.adapter_weight else "gate"
+        out = model(**batch, frozen=frozen, use_cache=False, rehearse=rehearse, output_gate=True)
+        loss: Tensor = settings.weight * out.divergences[0]
+        if settings.adapter_weight:
+            loss = loss + settings.adapter_weight * out.divergences[1]
         told = settings.gate_weight * max(0.0, 1 - step / materials.steps)
         if told:
             loss = loss + told * (_surprise(out.gate) + _surprise(1 - _gate_at_labels(inputs, outputs)))
