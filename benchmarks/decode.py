@@ -1,7 +1,7 @@
 """Decoding: seconds per token of a greedy loop (prefill left out), and of `generate` from end to end.
 
-Side by side in every round: plain PEFT, IMSM stacked, two_pass and auto, and with --published our own writing of the
-published loop (batch 1, `generate` only: it has no prefill to leave out).
+Side by side in every round: plain PEFT, IMSM stacked, two_pass and auto, guarded (auto with a domain guard), and with
+--published our own writing of the published loop (batch 1, `generate` only: it has no prefill to leave out).
 """
 
 import itertools
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .measure import Samples, base_parser, interleaved, measure_all, parse, random_ids, seconds
 from .published_loop import published_generate
-from .systems import PAIRS, SYSTEMS, Systems, build_for, generate, greedy, new_cache, prefill
+from .systems import PAIRS, WITH_GUARD, Systems, build_for, generate, greedy, new_cache, prefill
 
 
 def parser() -> Any:
@@ -24,6 +24,7 @@ def parser() -> Any:
     found.add_argument("--new-tokens", type=int, default=64)
     found.add_argument("--adapters", choices=["all", "upper"], nargs="+", default=["all"])
     found.add_argument("--published", type=int, default=0, metavar="REPEATS", help="rounds of the published loop")
+    found.add_argument("--systems", nargs="+", choices=WITH_GUARD, default=WITH_GUARD, help="only these")
     found.add_argument("--compile", action="store_true", help="static caches and torch.compile for all systems")
     return found
 
@@ -62,14 +63,16 @@ def generate_seconds(systems: Systems, system: str, ids: Tensor, args: Any) -> f
 
 
 def measure_case(args: Any, case: dict[str, Any]) -> dict[str, Samples]:
-    systems = build_for(args, case["adapters"], published=args.published > 0)
+    systems = build_for(args, case["adapters"], published=args.published > 0, guarded="guarded" in args.systems)
     ids = random_ids(args, case["batch"], case["context"])
-    loops: dict[str, Callable[[], float]] = {name: partial(loop_seconds, systems, name, ids, args) for name in SYSTEMS}
+    loops: dict[str, Callable[[], float]] = {
+        name: partial(loop_seconds, systems, name, ids, args) for name in args.systems
+    }
     if args.compile:
         torch.compiler.reset()  # forget what was compiled for other shapes
-        loops = {name: compiled_loop(systems, name, ids, args) for name in SYSTEMS}
+        loops = {name: compiled_loop(systems, name, ids, args) for name in args.systems}
     warm_up = 3 if args.compile else 1  # the first two compile, the third records CUDA graphs
-    names = (*SYSTEMS, "published") if args.published and case["batch"] == 1 else SYSTEMS
+    names = (*args.systems, "published") if args.published and case["batch"] == 1 else args.systems
     whole = {name: partial(generate_seconds, systems, name, ids, args) for name in names}
     return {
         "per_token": interleaved(loops, args.repeats, warm_up=warm_up),

@@ -41,7 +41,7 @@ def parser() -> Any:
     found.add_argument("--training-batch", type=int, nargs="+", default=[4])
     found.add_argument("--length", type=int, nargs="+", default=[256], help="for training")
     found.add_argument("--labelled", type=float, default=0.5)
-    found.add_argument("--systems", nargs="+", choices=[*DECODING, *training.TRAINING], help="only these")
+    found.add_argument("--systems", nargs="+", choices=[*DECODING, *training.TASK_ALONE], help="only these")
     found.add_argument("--child", help="not for you: what one process measures, as JSON")
     return found
 
@@ -101,10 +101,8 @@ def training_work(args: Any, system: str, case: dict[str, Any]) -> Callable[[int
         systems = Systems(plain_model(base, "all", args.seed), None)
     else:
         systems = Systems(None, imsm_model(base, "all", args.seed))
-    steps = {
-        length: training.training_step(systems, system, training.batch_of(args, case["batch"], length, args.labelled))
-        for length in (8, case["length"])
-    }
+    batches = {n: training.batch_of(args, case["batch"], n, args.labelled) for n in (8, case["length"])}
+    steps = {n: training.training_step(args, systems, system, batch) for n, batch in batches.items()}
     return lambda length, count: [steps[length]() for _ in range(count)]
 
 
@@ -131,7 +129,7 @@ def in_fresh_process(args: Any, work: str, system: str, case: dict[str, Any]) ->
 
 
 def measure_case(args: Any, case: dict[str, Any]) -> dict[str, Samples]:
-    names: Sequence[str] = DECODING if case["work"] == "decode" else training.TRAINING
+    names: Sequence[str] = DECODING if case["work"] == "decode" else training.TASK_ALONE
     names = tuple(n for n in names if args.systems is None or n in args.systems)
     if case["batch"] > 1:
         names = tuple(n for n in names if n != "published")

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from .measure import Samples, base_parser, interleaved, measure_all, parse, random_ids, seconds
-from .systems import PAIRS, SYSTEMS, Systems, build_for, generate, new_cache, prefill
+from .systems import PAIRS, WITH_GUARD, Systems, build_for, generate, new_cache, prefill
 
 
 def parser() -> Any:
@@ -32,11 +32,13 @@ def first_token_seconds(systems: Systems, system: str, ids: Tensor, device: str)
 
 
 def measure_case(args: Any, case: dict[str, Any]) -> dict[str, Samples]:
-    systems = build_for(args, case["adapters"])
+    systems = build_for(args, case["adapters"], guarded=True)
     ids = random_ids(args, case["batch"], case["context"])
     measures = {"prefill": prefill_seconds, "first_token": first_token_seconds}
     return {
-        measured: interleaved({name: partial(run, systems, name, ids, args.device) for name in SYSTEMS}, args.repeats)
+        measured: interleaved(
+            {name: partial(run, systems, name, ids, args.device) for name in WITH_GUARD}, args.repeats
+        )
         for measured, run in measures.items()
     }
 

@@ -25,6 +25,7 @@ IMSM runs one set of weights twice: frozen, and with the adapter. The question i
 - **two_pass** runs the model once with the adapter and once without.
 - **stacked** runs it once over twice the rows, `[frozen; tuned]`; every base weight is read once for both memories.
 - **auto** is the default: stacked in generation, two passes in training and scoring.
+- **guarded** is auto with a domain guard (128 directions, 4 clusters) fitted on random rows.
 - **published** is our own plain writing of the published decoding loop: two copies of the model, no cache, one row.
 
 How it is measured: the weights are random, since speed depends on shapes only. All systems run in one process and take
@@ -47,7 +48,9 @@ upper half of the layers only: below it both memories are the same.""",
 Forward, backward and AdamW. `plain_full` is PEFT as transformers runs it, with logits at every position; `plain_labels`
 computes them at label positions only, as IMSM does here; `imsm` runs the frozen pass in each step; `imsm_frozen` is
 given its states, as from the frozen-memory store (reading them from disk is not included). `labelled` is the share of
-tokens with a label.""",
+tokens with a label. `rehearsal_gate` and `rehearsal_both` behind a name are the same step with the rehearsal of general
+text (a quarter as many rows of 128 tokens, compared in 32 places each, unless the command says otherwise) that teaches
+the gate alone, or gate and adapter; the original memory of the rehearsed rows is given.""",
     "memory": """## Memory
 
 Each system in a fresh process. `peak` is all of it; `above_empty` is without interpreter and libraries; `above_loaded`

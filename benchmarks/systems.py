@@ -10,47 +10,72 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 
+from twinweave import GuardSettings, fit_guard
+from twinweave.imsm import DomainGuard
+
 from .measure import Pairs
 from .published_loop import PublishedIMSM, published_copy
 from .shapes import build_base, imsm_model, plain_model, sharing_weights
 
 PLANS = ("stacked", "two_pass", "auto")
 SYSTEMS = ("plain", *PLANS)
+WITH_GUARD = (*SYSTEMS, "guarded")
 PAIRS: Pairs = (
     *((name, "plain") for name in PLANS),
     ("auto", "two_pass"),
     ("published", "auto"),
+    ("guarded", "auto"),
 )
 
 
 @dataclass
 class Systems:
-    """Plain PEFT and IMSM on the very same base tensors; the published loop's second copy has its own."""
+    """Plain PEFT and IMSM on the very same base tensors; the published loop's second copy has its own.
+    `guard` is IMSM's, where it answers as "guarded"."""
 
     plain: Any  # peft.PeftModel
     imsm: Any  # twinweave.IMSMModel
     published: PublishedIMSM | None = None
+    guard: DomainGuard | None = None
 
     def model(self, system: str) -> Any:
         """What answers as `system`; IMSM runs the plan of that name from now on."""
         if system == "plain":
             return self.plain
-        self.imsm.plan = system
+        self.imsm.plan = "auto" if system == "guarded" else system
+        self.imsm.guard = self.guard if system == "guarded" else None
         return self.imsm
 
 
 @lru_cache(maxsize=1)
-def build(shape: str, device: str, dtype: str, seed: int, adapters: str, published: bool = False) -> Systems:
+def build(
+    shape: str, device: str, dtype: str, seed: int, adapters: str, published: bool = False, guarded: bool = False
+) -> Systems:
     """The systems of one shape; the last ones built are kept."""
     base = build_base(shape, device, dtype, seed)
     frozen: PreTrainedModel | None = sharing_weights(base) if published else None
     plain, imsm = plain_model(sharing_weights(base), adapters, seed), imsm_model(base, adapters, seed)
-    return Systems(plain, imsm, published_copy(frozen, plain, imsm) if frozen is not None else None)
+    second = published_copy(frozen, plain, imsm) if frozen is not None else None
+    return Systems(plain, imsm, second, random_guard(imsm, seed) if guarded else None)
 
 
-def build_for(args: argparse.Namespace, adapters: str, published: bool = False) -> Systems:
+def random_guard(imsm: Any, seed: int) -> DomainGuard:
+    """A guard as recipes have it, fitted on short random rows: longer ones are in its domain, being more average."""
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = imsm.get_base_model().config.vocab_size
+
+    def batch(rows: int) -> dict[str, Tensor]:
+        ids = torch.randint(3, vocabulary, (rows, 9), generator=generator).to(imsm.device)
+        return {"input_ids": ids, "labels": ids.masked_fill(torch.arange(9, device=ids.device) < 8, -100)}
+
+    guard = fit_guard(imsm, [batch(128)], [batch(100)], GuardSettings(directions=128, clusters=4))
+    imsm.guard = None
+    return guard
+
+
+def build_for(args: argparse.Namespace, adapters: str, published: bool = False, guarded: bool = False) -> Systems:
     """The systems that the flags ask for."""
-    return build(args.shape, args.device, args.dtype, args.seed, adapters, published)
+    return build(args.shape, args.device, args.dtype, args.seed, adapters, published, guarded)
 
 
 def new_cache(model: Any, length: int, static: bool) -> Any:

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from benchmarks import crossover, decode, few_rows, gpu, memory, prefill, report, training
-from benchmarks.measure import Samples, interleaved, make_row, measure_all, parse
+from benchmarks.measure import Samples, interleaved, make_row, measure_all, parse, random_ids
 from benchmarks.shapes import SHAPES, build_base
 from benchmarks.systems import build
 
 SHARED = ["--shape", "tiny", "--threads", "1", "--repeats", "2"]
-PLAIN_AND_PLANS = {"plain", "stacked", "two_pass", "auto"}
+DECODING = {"plain", "stacked", "two_pass", "auto", "guarded"}
 
 
 def check(result: dict[str, Any], path: Path, kind: str, rows: int) -> None:
@@ -36,15 +36,39 @@ def test_decode(tmp_path: Path) -> None:
     check(result, out, "decode", rows=4)
     per_token, whole = result["rows"][:2]
     assert per_token["case"] == {"adapters": "all", "batch": 1, "context": 6, "measure": "per_token"}
-    assert set(per_token["samples"]) == PLAIN_AND_PLANS
+    assert set(per_token["samples"]) == DECODING
     assert all(len(values) == 2 for values in per_token["samples"].values())
     assert len(whole["samples"]["published"]) == 1
     assert set(whole["ratios"]) == {
         *(f"{plan}/plain" for plan in ("stacked", "two_pass", "auto")),
         "auto/two_pass",
         "published/auto",
+        "guarded/auto",
     }
     assert "published" not in result["rows"][3]["samples"]  # it is of batch 1 only
+
+
+def test_only_the_systems_that_were_asked_for_decode(tmp_path: Path) -> None:
+    flags = ["--batch", "1", "--context", "6", "--new-tokens", "2", "--systems", "auto", "guarded"]
+    result = decode.main([*SHARED, *flags, "--out", str(tmp_path / "decode.json")])
+    assert all(set(row["samples"]) == {"auto", "guarded"} for row in result["rows"])
+    assert all(set(row["ratios"]) == {"guarded/auto"} for row in result["rows"])
+
+
+def test_the_guarded_system_has_a_guard_and_the_prompt_is_in_its_domain() -> None:
+    systems = build("tiny", "cpu", "float32", 0, "all", guarded=True)
+    assert systems.guard is not None
+    assert systems.guard.centres.shape == (4, 64)  # as many directions as the tiny shape has channels
+    prompt = random_ids(decode.parser().parse_args(["--shape", "tiny"]), 2, 32)
+    logits = {}
+    with torch.no_grad():
+        for system in ("guarded", "auto"):
+            model = systems.model(system)
+            assert (model.guard is not None) == (system == "guarded")
+            logits[system] = model(input_ids=prompt).logits[:, -1]
+        assert torch.equal(logits["guarded"], logits["auto"])
+        systems.guard.border[0] = 0.0  # nothing is within: the guard does act on what is measured
+        assert not torch.equal(systems.model("guarded")(input_ids=prompt).logits[:, -1], logits["auto"])
 
 
 def test_prefill(tmp_path: Path) -> None:
@@ -85,7 +109,7 @@ def test_all_training_systems_do_the_work_they_are_named_after() -> None:
     assert batch["labels"].ne(-100).sum() == 10
     frozen = systems.imsm.frozen_states(**batch)
     gradients, losses = {}, {}
-    for name in training.TRAINING:
+    for name in training.TASK_ALONE:
         loss = training.loss_of(systems, name, batch, frozen if name == "imsm_frozen" else None)
         loss.backward()
         losses[name] = loss.item()
@@ -99,6 +123,48 @@ def test_all_training_systems_do_the_work_they_are_named_after() -> None:
         assert all(
             torch.allclose(a, b, rtol=1e-3, atol=1e-7) for a, b in zip(gradients[one], gradients[other], strict=True)
         )
+
+
+def test_a_rehearsing_step_is_the_step_with_rehearsal_of_the_share_of_rows() -> None:
+    systems = build("tiny", "cpu", "float32", 5, "all")
+    args = training.parser().parse_args(["--shape", "tiny"])
+    batch = training.batch_of(args, rows=5, length=10, labelled=0.5)
+    rehearsed: list[Any] = []
+    forward = systems.imsm.get_base_model().forward
+
+    def spy(*given: Any, **named: Any) -> Any:
+        rehearsed.append(tuple(named["input_ids"].shape))
+        return forward(*given, **named)
+
+    gradients: dict[str, dict[str, torch.Tensor]] = {}
+    systems.imsm.get_base_model().forward = spy
+    try:
+        for name in ("imsm", "imsm_frozen", *training.REHEARSING):
+            step = training.training_step(args, systems, name, batch)
+            rehearsed.clear()
+            gradients[name] = gradients_of(systems.imsm, step)
+            assert rehearsed == [(5, 10), *([(2, 128)] if "rehearsal" in name else [])]  # nothing frozen goes through
+    finally:
+        del systems.imsm.get_base_model().forward
+    for name in training.REHEARSING:
+        alone, both = gradients[name.partition("_rehearsal_")[0]], name.endswith("both")
+        changed = {n for n, gradient in gradients[name].items() if not torch.allclose(gradient, alone[n], atol=1e-9)}
+        assert any("lora_" in n for n in changed) == both
+        assert {"gate.w_a", "gate.w_b"} <= changed
+
+
+def gradients_of(model: Any, step: Any) -> dict[str, torch.Tensor]:
+    """What the optimizer of one step is given."""
+    found: dict[str, torch.Tensor] = {}
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p, n=n: found.__setitem__(n, p.grad.clone()))
+        for n, p in model.named_parameters()
+        if p.requires_grad
+    ]
+    step()
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 @pytest.mark.slow

@@ -236,6 +236,19 @@ def test_compiled(models):
         torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("plan", ["stacked", "two_pass"])
+def test_a_query_that_is_over_is_judged_once(models, plan, monkeypatch):
+    model, ids = models["query_gate"], batch_of(2, 7, NEAR)["input_ids"]
+    judged, strangeness = [], model.guard.strangeness
+    monkeypatch.setattr(model.guard, "strangeness", lambda features: judged.append(features) or strangeness(features))
+    model.plan = plan
+    model.generate(input_ids=ids, max_new_tokens=6, do_sample=False)
+    assert [tuple(features.shape[:2]) for features in judged] == [ids.shape, (len(ids), 1)]  # the prompt, the answer
+    judged.clear()
+    model.generate(input_ids=ids.flip(1), max_new_tokens=6, do_sample=False)
+    assert len(judged) == 2  # another query, judged anew
+
+
 def test_the_guard_decides_what_is_generated(models):
     """Otherwise the test above could not fail."""
     model, ids = models["query_gate"], batch_of(20, 7, FAR)["input_ids"][:, :PROMPT]

@@ -35,6 +35,7 @@ class Call:
     only_frozen: bool = False  # fill in `frozen`, and nothing else is of interest
     rehearse: str | None = None  # hand on the original memory beside the fused one ("both": the enhanced one too)
     without_graph: bool = False  # of the decoder's passes, so that only the gate learns
+    judged: tuple[Tensor, Tensor] | None = None  # the last query means, and how strange the guard found them
 
     def columns_of(self, mask: Tensor | None, rows: int, first: int, length: int, beyond: bool) -> Tensor | None:
         """What a mask says of a chunk of `length` columns at column `first`, as bool.
@@ -73,23 +74,27 @@ def weave(
     parts = [gate.project_query(original, enhanced)] if gate.reads_query else []
     if guard is not None and guard.reads_query:
         parts.append(guard.project(original))
-    means = _query_means(parts, call, cache, kwargs) if parts else ()
-    query = means[0] if gate.reads_query else None
-    strangeness = None
-    if guard is not None:
-        strangeness = guard.strangeness(means[-1] if guard.reads_query else guard.project(original))
+    query = strangeness = None
+    if parts:
+        mean = _query_projection(torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0], call, cache, kwargs)
+        query = mean[..., : parts[0].shape[-1]] if gate.reads_query else None
+        if guard is not None and guard.reads_query:
+            strangeness = _strangeness_of_query(guard, mean, call)
+    if guard is not None and not guard.reads_query:
+        strangeness = guard.strangeness(guard.project(original))
     fused, share = gate(original, enhanced, query, retention, strangeness)
     if call.keep_gate:
         call.gate = share
     return fused
 
 
-def _query_means(
-    parts: list[Tensor], call: Call, cache: TwinCache | None, kwargs: dict[str, Any]
-) -> tuple[Tensor, ...]:
-    """The means of several kinds of features, [B, T, …] each, over each position's query."""
-    joined = torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
-    return _query_projection(joined, call, cache, kwargs).split([part.shape[-1] for part in parts], dim=-1)
+@torch.compiler.disable  # compiled code does not know a tensor again
+def _strangeness_of_query(guard: DomainGuard, mean: Tensor, call: Call) -> Tensor:
+    """The guard's word on query means [B, T, …] whose last features are the guard's: [B, T, 1]. It judges a query that
+    is over once: from then on its mean is the same tensor at every token."""
+    if call.judged is None or call.judged[0] is not mean:
+        call.judged = mean, guard.strangeness(mean[..., -guard.width :])
+    return call.judged[1]
 
 
 @torch.compiler.disable  # its sizes change with every token, and it is a few numbers
