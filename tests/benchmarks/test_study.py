@@ -3,7 +3,7 @@
 import json
 
 import tiny_runs
-from benchmarks import study
+from benchmarks import gate_positions, study
 from twinweave.compare import compare
 from twinweave.training import load_recipe
 
@@ -24,3 +24,16 @@ def test_a_run_is_taken_in(world, tmp_path):
     assert "## tiny" in page
     for label in ("LoRA", "IMSM"):
         assert f"| {label} |" in page
+
+
+def test_the_gate_is_shown_place_by_place(world, capsys):
+    changes = {"methods": ["imsm"], "seeds": [0]}
+    recipe = load_recipe(tiny_runs.recipe_values(world, **changes))
+    compare(recipe)
+    model = recipe.output_dir / "cells" / "imsm-seed0" / "best"
+    gate_positions.main([str(model), str(recipe.output_dir / "recipe.json"), "--prompts", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == ["| reverse", "| text"]
+    shares = [float(cell.split(" ± ")[0]) for line in lines[2:] for cell in line.split(" | ") if "±" in cell]
+    assert shares
+    assert all(0 < share < 1 for share in shares)
