@@ -67,7 +67,7 @@ def loss_of(systems: Systems, system: str, batch: dict[str, torch.Tensor], froze
 
 def rehearsal_term(args: Any, imsm: Any, batch: dict[str, torch.Tensor], trains: Any) -> Term:
     """The package's own term over random text, whose original memory is computed here, once."""
-    settings = RehearsalSettings(adapter_weight=0.3 if trains == "both" else 0.0)
+    settings = RehearsalSettings(adapter_weight=1.0 if trains == "both" else 0.0)
     rows = max(math.ceil(len(batch["input_ids"]) * args.rehearsal_share), 1)
     written = [Written(ids) for ids in random_ids(args, rows, settings.length).tolist()]
     tokenizer: Any = SimpleNamespace(pad_token_id=0)  # of which collating needs no more

@@ -166,7 +166,9 @@ class IMSMModel(PeftModelForCausalLM):
         if call.frozen is None:
             call.frozen = self._frozen_at_labels(places, args, kwargs)
         guard = self._guard_of(call)
-        fused, share = weave_at_labels(self.gate, places, call.frozen, states, self.retention, guard)
+        # in rehearsal the adapter answers for the enhanced memory alone: what the gate makes of it teaches the gate
+        read = states.detach() if call.rehearse else states
+        fused, share = weave_at_labels(self.gate, places, call.frozen, read, self.retention, guard)
         if call.keep_gate:
             call.gate = share
         if call.rehearse:
@@ -232,8 +234,8 @@ class IMSMModel(PeftModelForCausalLM):
 
         `rehearse`: `out.loss` becomes the divergence KL(original ‖ interwoven) of the next-token distributions at the N
         label positions, in nats per token, and only the gate learns from it ("gate"); or that and KL(original ‖
-        enhanced), and gate and adapter learn ("both"; `out.divergences` has the two). The labels say where, and their
-        values count for nothing.
+        enhanced), from which only the adapter learns ("both"; `out.divergences` has the two). The labels say where, and
+        their values count for nothing.
         """
         source = input_ids if input_ids is not None else inputs_embeds
         if query_mask is not None and source is not None and query_mask.shape[0] != source.shape[0]:

@@ -31,9 +31,9 @@ class RehearsalSettings(BaseModel):
     """Rehearse at every so many steps; the weights are as many times larger, so that the strength stays."""
     weight: float = Field(1.0, ge=0)
     """Of the divergence of the interwoven from the original memory's next-token distributions, in nats per token."""
-    adapter_weight: float = Field(0.3, ge=0)
-    """Of the enhanced memory's divergence, for where the gate cannot tell what to keep from what is new. 0: the adapter
-    is left to the task, and rehearsal is cheaper."""
+    adapter_weight: float = Field(1.0, ge=0)
+    """Of the enhanced memory's divergence, from which the adapter learns: for where the gate cannot tell what to keep
+    from what is new. 0: the adapter is left to the task, and rehearsal is cheaper."""
     gate_weight: float = Field(0.3, ge=0)
     """Of telling the gate where each memory belongs: -log g on rehearsed text and -log(1 - g) on the task's labels, g
     being the original memory's share. While the two memories hardly differ, the divergence has nothing to say, and the
