@@ -9,9 +9,9 @@ from twinweave.rehearsal import Materials, RehearsalRows, RehearsalSettings, Wri
 
 
 def make_materials(tokens, weight=1.0, count=6, **settings):
-    settings = RehearsalSettings(batch_size=2, positions=5, **settings)
+    settings = RehearsalSettings(positions=5, **settings)
     written = [Written(tokens(1, 6 + i, seed=i)[0].tolist()) for i in range(count)]
-    rows = RehearsalRows(make_rows(written, settings), CompletionCollator(tiny_runs.word_tokenizer()), settings)
+    rows = RehearsalRows(make_rows(written, settings), CompletionCollator(tiny_runs.word_tokenizer()), settings, 2)
     return Materials(seed=0, weight=weight, rehearsal=rows)
 
 

@@ -547,7 +547,14 @@ def test_only_the_first_process_makes_it_and_the_others_wait(world, tmp_path, mo
     def store(rank):
         collator = CompletionCollator(tokenizer)
         return frozen_choice.frozen_store_for(
-            recipe.training, model, data, collator, tokenizer, arguments[rank], tmp_path / "frozen"
+            recipe.training,
+            model,
+            datasets.concatenate_datasets([data.train, data.validation]),
+            collator=collator,
+            tokenizer=tokenizer,
+            arguments=arguments[rank],
+            readings=3,
+            folder=tmp_path / "frozen",
         )
 
     def sleep(seconds):

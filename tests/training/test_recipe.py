@@ -161,7 +161,7 @@ def test_adalora_gets_its_schedule_from_the_steps_unless_the_recipe_says_otherwi
 
 def test_a_recipe_survives_the_way_through_results_json(values):
     recipe = load_recipe(values)
-    assert load_recipe(recipe.model_dump(mode="json", exclude_none=True)) == recipe
+    assert load_recipe(recipe.to_dict()) == recipe
 
 
 @pytest.mark.parametrize("file", sorted(REPOSITORY.glob("recipes/**/*.y*ml")), ids=lambda p: p.stem)

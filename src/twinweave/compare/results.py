@@ -35,7 +35,7 @@ def assemble(recipe: Recipe, base: dict[str, Any], cells: list[dict[str, Any]]) 
         "comparisons": _comparisons(cells),
         "frontier": frontier(recipe, base, cells),
         "lens": [entry for cell in cells for entry in _lens(cell)],
-        "recipe": recipe.model_dump(mode="json", exclude_none=True),
+        "recipe": recipe.to_dict(),
         "provenance": provenance(),
     }
 

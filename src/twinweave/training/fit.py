@@ -93,7 +93,7 @@ def fit(
         frozen = Path(section.frozen_store)
     stores = partial(frozen_store_for, section, model, tokenizer=tokenizer, arguments=arguments, collator=collator)
     if rehearsal is not None:
-        readings = steps / rehearsal.settings.every * rehearsal.batch_size
+        readings = steps / rehearsal.settings.every * rehearsal.batch_size / len(rehearsal.rows)
         store = stores(rehearsal.rows, readings=readings, folder=rehearsal_store_folder(frozen))
         materials = replace(materials, frozen=partial(_stored, store) if store is not None else None)
     trainer = TwinweaveTrainer(
@@ -199,10 +199,10 @@ def _at_setting(
 
 
 def _readings(section: TrainingSection, rows: int, processes: int) -> float:
-    """How many rows a training reads, a row as often as it is read."""
+    """How often a training reads each of its rows."""
     if section.max_steps is None:
-        return section.epochs * rows
-    return section.max_steps * section.batch_size * section.gradient_accumulation * processes
+        return section.epochs
+    return section.max_steps * section.batch_size * section.gradient_accumulation * processes / rows
 
 
 def _stored(store: FrozenStore, batch: Mapping[str, Tensor]) -> FrozenStates:

@@ -39,12 +39,12 @@ def frozen_store_for(
 ) -> FrozenStore | None:
     """The store that the recipe asks for, made if it is not there yet; None where none is used.
 
-    `readings`: how many rows training reads, each as often as it is read. `folder` is where the store is kept; the
+    `readings`: how often training reads a row, on average. `folder` is where the store is kept; the
     first process makes it while the others wait. Raises what `FrozenStore.build` and `FrozenStore.open` raise.
     """
     if section.frozen_store == "off" or not isinstance(model, IMSMModel):
         return None
-    if section.frozen_store == "auto" and readings < _LEAST_READINGS * len(dataset):
+    if section.frozen_store == "auto" and readings < _LEAST_READINGS:
         return None
     identity = identity_of(model, tokenizer, "bfloat16" if section.precision == "bf16" else None)
     rows = plan_rows(dataset)

@@ -224,6 +224,11 @@ class Recipe(_Section):
         """Where the run's files go."""
         return Path(self.output or f"runs/{self.name}")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values that `load_recipe` makes this recipe of."""
+        # a key that is None says "off" where being left out says "on"
+        return {"rehearsal": None} | self.model_dump(mode="json", exclude_none=True)
+
     def sweep(self, method: Method) -> list[dict[str, float]]:
         """The settings at which `compare` has the method: knob -> value, or one empty setting without a knob."""
         if method.knob is None:
