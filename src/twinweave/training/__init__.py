@@ -1,10 +1,11 @@
 """Training: recipes, loading the base, transformers' Trainer with whole checkpoints, and one fit of one method."""
 
 from .base import default_device, free_memory, load_base, load_tokenizer, load_window
-from .fit import Training, fit, load_rehearsal, load_training_data
+from .fit import Training, fit
 from .frozen_choice import remove_store
 from .frozen_store import FrozenStore
 from .recipe import Recipe, load_recipe
+from .rows import load_rehearsal, load_training_data
 from .term import TermTrainer
 from .trainer import TwinweaveTrainer
 

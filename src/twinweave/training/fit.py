@@ -9,7 +9,7 @@ import json
 import math
 import resource
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,24 +17,23 @@ from typing import Any
 
 import datasets
 import torch
+from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
-from ..data import CompletionCollator, TrainingData, prepare_training_data
-from ..errors import DataError, RecipeError
-from ..evaluation import read_examples
+from ..data import CompletionCollator, TrainingData
+from ..errors import RecipeError
 from ..files import atomic_directory, write_json_atomic
-from ..fingerprint import fingerprint
 from ..imsm import DomainGuard, GuardSettings, IMSMModel, fit_guard
 from ..imsm.labels import FrozenStates
 from ..imsm.saving import write_guard
 from ..methods import Method
 from ..progress import track
-from ..rehearsal import Materials, RehearsalRows, Written, load_sequences, make_rows, read_sequences, write_sequences
+from ..rehearsal import Materials, RehearsalRows, Term
 from . import checkpoints
-from .base import free_memory, load_base, load_window
+from .base import free_memory, load_base
 from .frozen_choice import frozen_store_for, rehearsal_store_folder, remove_store
-from .frozen_store import FrozenStore, tokenizer_digest
+from .frozen_store import FrozenStore
 from .recipe import Recipe, TrainingSection
 from .trainer import TwinweaveTrainer
 
@@ -87,27 +86,18 @@ def fit(
     materials = Materials(seed, steps, weight, rehearsal)
     model = method.build(base, recipe.peft_config(steps), recipe.imsm_config(), materials)
     arguments, collator = _arguments(section, seed, steps, folder, data), CompletionCollator(tokenizer)
-    own_frozen_folder = folder / "frozen"
-    frozen = frozen_folder or own_frozen_folder
-    if section.frozen_store not in ("auto", "off"):
-        frozen = Path(section.frozen_store)
     stores = partial(frozen_store_for, section, model, tokenizer=tokenizer, arguments=arguments, collator=collator)
-    if rehearsal is not None:
-        readings = steps / rehearsal.settings.every * rehearsal.batch_size / len(rehearsal.rows)
-        store = stores(rehearsal.rows, readings=readings, folder=rehearsal_store_folder(frozen))
-        materials = replace(materials, frozen=partial(_stored, store) if store is not None else None)
+    own_frozen_folder = folder / "frozen"
+    frozen = _frozen_folder(section, frozen_folder or own_frozen_folder)
+    rows = datasets.concatenate_datasets([data.train, data.validation])
     trainer = TwinweaveTrainer(
         model=model,
         args=arguments,
         train_dataset=data.train,
         eval_dataset=data.validation if len(data.validation) else None,
         data_collator=collator,
-        frozen_store=stores(
-            datasets.concatenate_datasets([data.train, data.validation]),
-            readings=_readings(section, len(data.train), arguments.world_size),
-            folder=frozen,
-        ),
-        term=method.term(model, materials) if method.term is not None else None,
+        term=_term(method, model, materials, partial(stores, folder=rehearsal_store_folder(frozen))),
+        frozen_store=stores(rows, readings=_readings(section, len(data.train), arguments.world_size), folder=frozen),
         own_learning_rates={"gate.": _gate_rate(section, model)} if isinstance(model, IMSMModel) else {},
     )
     _reset_peak_memory()
@@ -134,50 +124,21 @@ def fit(
     return training
 
 
-def load_training_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> TrainingData:
-    """The recipe's rows as token ids; the seed decides which are held out for validation. Raises DataError."""
-    section, target = recipe.train, recipe.target
-    has_examples = target.kind in ("generation", "completion_loss")
-    data = prepare_training_data(
-        section.data,
-        tokenizer,
-        max_length=min(section.max_length, load_window(recipe.base)),
-        prompt_template=section.prompt,
-        completion_template=section.completion,
-        validation=section.validation,
-        validation_fraction=section.validation_fraction,
-        test=read_examples(target) if has_examples else None,
-        limit=section.limit,
-        seed=seed,
-        split=section.split,
-    )
-    if not len(data.train):
-        raise DataError(f"{section.data} leaves no rows to train on. Give more rows, or a validation file.")
-    return data
+def _frozen_folder(section: TrainingSection, folder: Path) -> Path:
+    return folder if section.frozen_store in ("auto", "off") else Path(section.frozen_store)
 
 
-def load_rehearsal(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> RehearsalRows:
-    """The general text that the recipe asks for: written by the base, once, into `folder`, or the user's own."""
-    assert recipe.rehearsal is not None
-    length = min(recipe.rehearsal.length, load_window(recipe.base))
-    settings = recipe.rehearsal.model_copy(update={"length": length})
-    written: list[Written] = []
-    if settings.sequences:
-        base = load_base(recipe.base)
-        identity = {
-            "base": str(fingerprint(base)),
-            "tokenizer": tokenizer_digest(tokenizer),
-            **settings.model_dump(include={"sequences", "length", "temperature", "chat", "seed"}),
-        }
-        written += load_sequences(folder, identity, partial(write_sequences, base, tokenizer, settings))
-        free_memory()
-    if settings.text is not None:
-        written += read_sequences(tokenizer, settings)
-    rows = make_rows(written, settings)
-    if not len(rows):
-        raise DataError("rehearsal leaves nothing to rehearse: give sequences, or text, or set rehearsal=off.")
-    size = settings.batch_size or math.ceil(recipe.training.batch_size / 4)
-    return RehearsalRows(rows, CompletionCollator(tokenizer), settings, size)
+def _term(
+    method: Method, model: PeftModel, materials: Materials, store: Callable[..., FrozenStore | None]
+) -> Term | None:
+    """What the method adds to the loss; `store` makes one of rehearsed rows, where it is worth it."""
+    if method.term is None:
+        return None
+    if (general := materials.rehearsal) is not None:
+        readings = materials.steps / general.settings.every * general.batch_size / len(general.rows)
+        if (stored := store(general.rows, readings=readings)) is not None:
+            materials = replace(materials, frozen=partial(_stored, stored))
+    return method.term(model, materials)
 
 
 def _gate_rate(section: TrainingSection, model: IMSMModel) -> float:
