@@ -54,15 +54,17 @@ def batch_of(args: Any, rows: int, length: int, labelled: float) -> dict[str, to
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def loss_of(systems: Systems, system: str, batch: dict[str, torch.Tensor], frozen: Any = None) -> torch.Tensor:
-    """The loss as `system` computes it, without caches as in transformers' Trainer."""
+def output_of(
+    systems: Systems, system: str, batch: dict[str, torch.Tensor], frozen: Any = None, gate: bool = False
+) -> Any:
+    """Loss and logits as `system` computes them, without caches as in transformers' Trainer; `gate`: with the gate."""
     if system == "plain_full":
-        return systems.plain(**batch, use_cache=False).loss
+        return systems.plain(**batch, use_cache=False)
     imsm = systems.imsm
     if system == "plain_labels":
         with imsm.use_memory("enhanced"):
-            return imsm(**batch, logits_at_labels=True, use_cache=False).loss
-    return imsm(**batch, logits_at_labels=True, frozen=frozen, use_cache=False).loss
+            return imsm(**batch, logits_at_labels=True, use_cache=False)
+    return imsm(**batch, logits_at_labels=True, frozen=frozen, use_cache=False, output_gate=gate)
 
 
 def rehearsal_term(args: Any, imsm: Any, batch: dict[str, torch.Tensor], trains: Any) -> Term:
@@ -91,9 +93,11 @@ def training_step(args: Any, systems: Systems, system: str, batch: dict[str, tor
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.0)
 
     def step() -> None:
-        loss = loss_of(systems, task, batch, frozen)
+        output = output_of(systems, task, batch, frozen, gate=term is not None)
+        loss = output.loss
         if term is not None:
-            added = term(model, batch, None, 0)  # always the first step's: the same rows, the prior at its full weight
+            inputs: Any = {**batch, "logits_at_labels": True}
+            added = term(model, inputs, output, 0)  # always the first step's: the same rows, β at its full weight
             assert added is not None
             loss = loss + added
         loss.backward()
