@@ -18,6 +18,7 @@ SHORT = [
     "train.limit=64",
     "evaluation.lens_prompts=2",
     "rehearsal.sequences=50",
+    "seeds=[0]",
 ]
 
 
