@@ -77,7 +77,7 @@ def rehearsal_term(args: Any, imsm: Any, batch: dict[str, torch.Tensor], trains:
     rehearsed = on_device_of(batch, general.batch(0, args.seed))
     assert rehearsed is not None
     frozen = imsm.frozen_states(**rehearsed)
-    term = gate_rehearsal(imsm, Materials(args.seed, rehearsal=general, frozen=lambda _: frozen))
+    term = gate_rehearsal(imsm, Materials(args.seed, 1, rehearsal=general, frozen=lambda _: frozen))
     assert term is not None
     return term
 

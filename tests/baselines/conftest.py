@@ -12,7 +12,7 @@ def make_materials(tokens, weight=1.0, count=6, **settings):
     settings = RehearsalSettings(positions=5, **settings)
     written = [Written(tokens(1, 6 + i, seed=i)[0].tolist()) for i in range(count)]
     rows = RehearsalRows(make_rows(written, settings), CompletionCollator(tiny_runs.word_tokenizer()), settings, 2)
-    return Materials(seed=0, weight=weight, rehearsal=rows)
+    return Materials(seed=0, steps=10, weight=weight, rehearsal=rows)
 
 
 @pytest.fixture

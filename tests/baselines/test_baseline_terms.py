@@ -80,7 +80,7 @@ def test_l2_is_the_squared_change_in_units_of_the_weights(kind, arch, adapted, m
     model = adapted(kind, arch)
     changes, weights = dense_changes(model)
     expected = 2.5 * sum((c**2).sum() for c in changes) / sum((w**2).sum() for w in weights)
-    found = value(l2_sp(model, Materials(0, weight=2.5)), model, task)
+    found = value(l2_sp(model, Materials(0, 10, weight=2.5)), model, task)
     assert found.item() == pytest.approx(expected.item(), rel=1e-4)
 
 
@@ -132,7 +132,7 @@ def test_lwf_is_the_divergence_at_the_labels(arch, adapted, make_base, task):
     base_logits = base(**task).logits.detach()
     model.train()  # the base's side is without dropout all the same
     outputs = model(**task)
-    found = lwf(model, Materials(0, weight=0.5))(model, task, outputs, 0)
+    found = lwf(model, Materials(0, 10, weight=0.5))(model, task, outputs, 0)
     wanted = task["labels"][:, 1:] != -100
     expected = naive_kl(base_logits[:, :-1][wanted], outputs.logits[:, :-1][wanted])
     assert expected > 1e-3
@@ -217,4 +217,4 @@ def test_adapters_without_a_change_of_a_matrix_are_refused(make, changes, adapte
 @pytest.mark.parametrize("make", [ewc, adapter_rehearsal, replay])
 def test_general_text_is_asked_for(make, adapted):
     with pytest.raises(RecipeError, match="rehearsal is off"):
-        make(adapted(), Materials(0))
+        make(adapted(), Materials(0, 10))

@@ -174,4 +174,4 @@ def test_what_corda_cannot_start_is_our_error(make_base, make_peft, materials):
     with pytest.raises(UnsupportedModelError, match="rank 30"):
         build("peft_corda", make_base(), make_peft("lora", r=30), materials())
     with pytest.raises(RecipeError, match="rehearsal is off"):
-        build("peft_corda", make_base(), make_peft("lora"), Materials(0))
+        build("peft_corda", make_base(), make_peft("lora"), Materials(0, 10))

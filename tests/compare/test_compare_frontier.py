@@ -203,3 +203,11 @@ def test_reaching_the_target_ranks_before_forgetting_little():
     found = assembled(seeds("peft", 1.0, 0.4, 0.2) + lucky + seeds("peft_rehearsal", 1.0, 0.2, 0.1, rehearsal_weight=1))
     assert found["best_baseline"] == "peft_rehearsal"
     assert entry(found, "peft_replay")["equal_target"]["all"]["n"] == 1
+
+
+def test_only_plain_peft_at_other_rates_and_steps_is_plain_peft():
+    from twinweave.compare.frontier import _is_plain
+    from twinweave.methods import METHODS
+
+    trained = [name for name, method in METHODS.items() if method.build]
+    assert [name for name in trained if _is_plain(name)] == ["peft", "peft_rate", "peft_steps"]

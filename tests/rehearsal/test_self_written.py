@@ -139,6 +139,9 @@ def test_own_text_comes_in_pieces(world, tokenizer):
     rows = read_sequences(tokenizer, RehearsalSettings(text=str(world / "train.jsonl"), length=24))
     assert len(rows) == 24
     assert all(tokenizer.decode(row.ids[row.answer - 1]) == ":" for row in rows)
+    short = read_sequences(tokenizer, RehearsalSettings(text=str(world / "train.jsonl"), length=8))
+    assert [row.ids for row in short] == [row.ids[:8] for row in rows]
+    assert all(row.answer is None or row.answer < 8 for row in short)
     (world / "empty.jsonl").write_text('{"text": ""}\n')
     with pytest.raises(DataError, match=r"empty\.jsonl"):
         read_sequences(tokenizer, RehearsalSettings(text=str(world / "empty.jsonl")))

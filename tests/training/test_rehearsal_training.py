@@ -6,8 +6,9 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback, TrainingArguments
 
 import tiny_runs
+from twinweave.compare import compare
 from twinweave.data import CompletionCollator
-from twinweave.errors import DataError
+from twinweave.errors import DataError, TwinweaveError
 from twinweave.methods import get_method
 from twinweave.rehearsal import RehearsalRows
 from twinweave.training import (
@@ -199,3 +200,17 @@ def test_the_log_tells_the_term_apart_and_validation_is_of_the_task_alone(world,
 def test_a_recipe_that_leaves_nothing_to_rehearse_is_refused(world):
     with pytest.raises(DataError, match="nothing to rehearse"):
         run(world, "run", sequences=0)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"text": "nowhere.jsonl"}, "nowhere"),
+        ({"sequences": 0}, "nothing to rehearse"),
+        ({"chat": "on"}, "chat template"),
+    ],
+)
+def test_a_rehearsal_that_cannot_be_is_said_before_anything_is_done(world, change, named):
+    with pytest.raises(TwinweaveError, match=named):
+        compare(recipe_of(world, "methods=[peft, imsm]", **change))
+    assert not (world / "run").exists()

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from ..data import TrainingData
-from ..errors import RecipeError, UnsupportedModelError
+from ..errors import DataError, RecipeError, UnsupportedModelError
 from ..evaluation import Task
 from ..evaluation.rows import read_choices, read_examples, read_pairs, read_texts
 from ..imsm.checks import check_adapter, check_base
 from ..methods import Method, get_method
+from ..rehearsal import RehearsalSettings, is_chat, read_sequences
 from ..training import Recipe, free_memory, load_base, load_tokenizer, load_training_data
 from ..training.fit import total_steps
 
@@ -48,6 +49,8 @@ def check_run(recipe: Recipe, methods: Sequence[Method], data: TrainingData) -> 
             f"{steps:,} steps",
         ),
     ]
+    if recipe.rehearsal is not None and any(method.rehearses != "never" for method in methods):
+        found.append(("rehearsal", _check_rehearsal(recipe, recipe.rehearsal)))
     for method in methods:
         if method.rehearses == "always" and recipe.rehearsal is None:
             raise RecipeError(f"rehearsal: {method.name} needs general text, and the recipe's rehearsal is off.")
@@ -64,6 +67,16 @@ def _without_weights(base: Any) -> Any:
     """A base of the same structure: some adapters take long to be made of weights, and each wants a base of its own."""
     with torch.device("meta"):
         return type(base)._from_config(deepcopy(base.config), dtype=base.dtype)
+
+
+def _check_rehearsal(recipe: Recipe, settings: RehearsalSettings) -> str:
+    """What there will be to rehearse. Raises DataError for text that cannot be read, or none at all."""
+    tokenizer = load_tokenizer(recipe.base)
+    kind = "conversations" if is_chat(tokenizer, settings) else "texts"
+    own = len(read_sequences(tokenizer, settings)) if settings.text is not None else 0
+    if not settings.sequences and not own:
+        raise DataError("rehearsal leaves nothing to rehearse: give sequences, or text, or set rehearsal=off.")
+    return f"{settings.sequences:,} {kind} that the base will write, {own:,} pieces of your own"
 
 
 @torch.inference_mode()

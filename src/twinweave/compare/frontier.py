@@ -82,9 +82,8 @@ def _on_curve(cell: Cell, method: str) -> bool:
 
 def _is_plain(method: str) -> bool:
     """Whether it is plain PEFT, or plain PEFT at other rates or steps, of which the multiple 1 is plain PEFT."""
-    knob = get_method(method).knob
-    multiplies = knob is not None and knob.multiplies in ("learning_rate", "steps")
-    return method == REFERENCE or (multiplies and method.startswith(f"{REFERENCE}_"))
+    entry, plain = get_method(method), get_method(REFERENCE)
+    return entry.build is plain.build and entry.term is None  # OFT at another rate is no plain PEFT
 
 
 def _reference(cells: Sequence[Cell]) -> list[Cell]:

@@ -10,11 +10,14 @@ from ..errors import DataError
 from .rows import Written
 from .settings import RehearsalSettings
 
+_ANY = 2**30
+
 
 def read_sequences(tokenizer: PreTrainedTokenizerBase, settings: RehearsalSettings) -> list[Written]:
     """`settings.text` in pieces of at most `settings.length` tokens, `settings.text_rows` of them at most.
 
-    Rows with a `text` column are plain text; others are prompts with completions or conversations. Raises DataError for
+    Rows with a `text` column are plain text; others are prompts with completions or conversations, whose end is cut off
+    where they are longer. Raises DataError for
     a source that cannot be read.
     """
     assert settings.text is not None
@@ -24,9 +27,10 @@ def read_sequences(tokenizer: PreTrainedTokenizerBase, settings: RehearsalSettin
         if isinstance(row.get("text"), str):
             written += _pieces(bos_ids(tokenizer), text_ids(tokenizer, row["text"]), settings.length)
         else:
-            encoded = encode_example(to_example(row, where=where), tokenizer, max_length=settings.length)
+            encoded = encode_example(to_example(row, where=where), tokenizer, max_length=_ANY)
             answer = next(i for i, label in enumerate(encoded.labels) if label != IGNORED_LABEL)
-            written.append(Written(encoded.input_ids, answer or None))
+            in_reach = 0 < answer < settings.length
+            written.append(Written(encoded.input_ids[: settings.length], answer if in_reach else None))
         if len(written) >= settings.text_rows:
             break
     if not written:

@@ -28,8 +28,8 @@ class Materials:
     """What a method may use beside the task's rows."""
 
     seed: int
-    steps: int = 1
-    """How many steps the training has."""
+    steps: int
+    """How many steps the training has: what fades is gone at the last one."""
     weight: float = 1.0
     """The value of the method's own knob, where it is a weight."""
     rehearsal: RehearsalRows | None = None

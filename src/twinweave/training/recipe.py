@@ -177,9 +177,9 @@ class Recipe(_Section):
     @field_validator("rehearsal", "guard", mode="before")
     @classmethod
     def _section_or_off(cls, value: Any) -> Any:
-        return (
-            {True: {}, False: None}.get(value, value) if isinstance(value, bool) else value
-        )  # bare on and off of YAML
+        if isinstance(value, bool):  # what YAML makes of a bare on or off
+            return {} if value else None
+        return value
 
     @field_validator("target", mode="before")
     @classmethod
