@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from twinweave.report import finding, summary_table
+from twinweave.report import finding, terminal_tables
 from twinweave.report.units import count, interval, number, quantity, setting_text
 
 Builder = Callable[..., dict[str, Any]]
@@ -195,7 +195,7 @@ def test_terminal_table_shows_every_row_and_the_finding(make_results: Builder) -
     results = make_results()
     results["summary"][0]["label"] = "[bold]LoRA[/bold]"
     console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(summary_table(results))
+    console.print(*terminal_tables(results))
     text = console.export_text()
     assert "[bold]LoRA[/bold]" in text
     assert "IMSM, dial, retention 2" in text

@@ -6,6 +6,6 @@ Knows the layout of `results.json` and nothing about models, training or how the
 from .finding import finding
 from .frontier import frontier_png
 from .page import build_report
-from .table import summary_table, terminal_tables
+from .table import terminal_tables
 
-__all__ = ["build_report", "finding", "frontier_png", "summary_table", "terminal_tables"]
+__all__ = ["build_report", "finding", "frontier_png", "terminal_tables"]

@@ -71,18 +71,9 @@ def _table(title: str, caption: str) -> Table:
     )
 
 
-def summary_table(results: dict[str, Any]) -> Table:
-    """One line per method and setting: seeds, target and forgetting with their 95% intervals.
-
-    Arrows at the heads say whether up or down is better.
-
-    Raises:
-        DamagedFileError: `results` is not the contents of a `results.json`.
-    """
-    return _summary(read_study(results), finding=True)
-
-
 def _summary(study: Study, finding: bool) -> Table:
+    """One line per method and setting: seeds, target and forgetting with their 95% intervals; arrows at the heads say
+    whether up or down is better."""
     target, forgetting = study.target_unit, study.forgetting_unit
     arrow = "↑" if study.higher_is_better else "↓"
     table = _table(study.name, study_finding(study) if finding else "")
