@@ -46,7 +46,7 @@ class Knob:
     """What recipes (in `sweeps`) and results call it."""
     values: tuple[float, ...]
     """The small sweep of a recipe that does not say another."""
-    multiplies: Literal["learning_rate", "steps", "term"] = "term"
+    multiplies: Literal["learning_rate", "gate_learning_rate", "steps", "term"] = "term"
     """Where a model is trained at each value: what of the recipe the value is a multiple of."""
 
 
@@ -242,6 +242,9 @@ METHODS: dict[str, Method] = {
                guarded=True),
         Method("imsm_published", "IMSM as published", "IMSM without rehearsal and guard, as in its paper.",
                _woven("query_gate"), _load_woven),
+        Method("imsm_published_rate", "IMSM as published, other gate rates",
+               "IMSM as published, at multiples of its gate's learning rate.",
+               _woven("query_gate"), _load_woven, knob=Knob("gate_rate", (2.0, 6.0), "gate_learning_rate")),
         Method("imsm_gate", "IMSM, gate without query", "Both memories, fused by a gate that does not see the query.",
                _woven("gate"), _load_woven),
         Method("imsm_average", "IMSM, 1:1 average", "Both memories in equal shares, without a gate.",

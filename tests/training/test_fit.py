@@ -20,12 +20,12 @@ CONSTANT = ["training.scheduler=constant", "training.warmup=0"]
 NO_DROPOUT = ["peft.lora_dropout=0", "imsm.gate_dropout=0"]
 
 
-def run(world, method="imsm", folder="run", overrides=()):
+def run(world, method="imsm", folder="run", overrides=(), **options):
     """One fit; returns what it measured. The model is in `folder`."""
     recipe = load_recipe(tiny_runs.recipe_values(world), overrides)
     tokenizer = load_tokenizer(recipe.base)
     data = load_training_data(recipe, tokenizer, 0)
-    return fit_function(recipe, get_method(method), 0, data, tokenizer, world / folder)
+    return fit_function(recipe, get_method(method), 0, data, tokenizer, world / folder, **options)
 
 
 @pytest.fixture
@@ -169,6 +169,29 @@ def test_adalora_prunes_its_ranks_and_what_is_saved_is_what_was_trained(world, m
         with torch.no_grad():
             trained = made[-1].model.eval()(input_ids=ids).logits
             assert torch.allclose(loaded(input_ids=ids).logits, trained, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "setting", "same"),
+    [
+        ("imsm_published_rate", {"gate_rate": 0.5}, ("imsm_published", "training.gate_learning_rate=1e-2")),
+        ("peft_rate", {"rate": 0.5}, ("peft", "training.learning_rate=5e-3")),
+        ("peft_steps", {"steps": 0.5}, ("peft", "training.max_steps=6")),
+    ],
+)
+def test_a_knob_multiplies_what_the_recipe_says(world, method, setting, same):
+    run(world, method, "knob", setting=setting)
+    run(world, same[0], "said", [same[1]])
+    for file in (world / "said" / "last").glob("*.safetensors"):
+        said, found = load_file(file), load_file(world / "knob" / "last" / file.name)
+        assert said.keys() == found.keys()
+        assert all(torch.equal(said[name], found[name]) for name in said)
+
+
+def test_the_gates_rate_falls_with_the_square_root_of_the_width(world, made):
+    run(world, overrides=["training.gate_learning_rate=null"])
+    gate = made[0].model.gate
+    assert made[0]._own_learning_rates == {"gate.": pytest.approx(1e-3 * (4096 / gate.hidden_size) ** 0.5)}
 
 
 def test_plain_trainer_trains_an_imsm_model_to_the_same_losses(world, tmp_path):

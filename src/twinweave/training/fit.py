@@ -79,11 +79,12 @@ def fit(
     if finished.is_file():
         return Training(**json.loads(finished.read_text(encoding="utf-8")))
     assert method.build is not None
-    section, weight = _at_setting(recipe.training, method, setting or {}, len(data.train))
+    multiple = partial(_multiple, method, setting or {})
+    section = _at_setting(recipe.training, multiple, len(data.train))
     steps = total_steps(section, len(data.train))
     set_seed(seed)
     base = load_base(recipe.base)
-    materials = Materials(seed, steps, weight, rehearsal)
+    materials = Materials(seed, steps, multiple("term"), rehearsal)
     model = method.build(base, recipe.peft_config(steps), recipe.imsm_config(), materials)
     arguments, collator = _arguments(section, seed, steps, folder, data), CompletionCollator(tokenizer)
     stores = partial(frozen_store_for, section, model, tokenizer=tokenizer, arguments=arguments, collator=collator)
@@ -98,7 +99,11 @@ def fit(
         data_collator=collator,
         term=_term(method, model, materials, partial(stores, folder=rehearsal_store_folder(frozen))),
         frozen_store=stores(rows, readings=_readings(section, len(data.train), arguments.world_size), folder=frozen),
-        own_learning_rates={"gate.": _gate_rate(section, model)} if isinstance(model, IMSMModel) else {},
+        own_learning_rates=(
+            {"gate.": multiple("gate_learning_rate") * _gate_rate(section, model)}
+            if isinstance(model, IMSMModel)
+            else {}
+        ),
     )
     _reset_peak_memory()
     trainer.train_or_resume()
@@ -142,21 +147,19 @@ def _term(
 
 
 def _gate_rate(section: TrainingSection, model: IMSMModel) -> float:
-    return section.gate_learning_rate or PUBLISHED_GATE_RATE * PUBLISHED_WIDTH / model.gate.hidden_size
+    return section.gate_learning_rate or PUBLISHED_GATE_RATE * math.sqrt(PUBLISHED_WIDTH / model.gate.hidden_size)
 
 
-def _at_setting(
-    section: TrainingSection, method: Method, setting: Mapping[str, float], rows: int
-) -> tuple[TrainingSection, float]:
-    """The section at a setting of the method's knob, and the weight of the method's term there."""
-    if method.knob is None or method.knob.name not in setting:
-        return section, 1.0
-    value = setting[method.knob.name]
-    if method.knob.multiplies == "learning_rate":
-        return section.model_copy(update={"learning_rate": section.learning_rate * value}), 1.0
-    if method.knob.multiplies == "steps":
-        return section.model_copy(update={"max_steps": max(1, round(value * total_steps(section, rows)))}), 1.0
-    return section, value
+def _multiple(method: Method, setting: Mapping[str, float], of: str) -> float:
+    """What the method's knob multiplies `of` by."""
+    return setting.get(method.knob.name, 1.0) if method.knob and method.knob.multiplies == of else 1.0
+
+
+def _at_setting(section: TrainingSection, multiple: Callable[[str], float], rows: int) -> TrainingSection:
+    changed: dict[str, float] = {"learning_rate": section.learning_rate * multiple("learning_rate")}
+    if (share := multiple("steps")) != 1:
+        changed["max_steps"] = max(1, round(share * total_steps(section, rows)))
+    return section.model_copy(update=changed)
 
 
 def _readings(section: TrainingSection, rows: int, processes: int) -> float:

@@ -68,8 +68,8 @@ class TrainingSection(_Section):
     gradient_accumulation: int = Field(1, ge=1)
     learning_rate: float = Field(3e-4, gt=0)
     gate_learning_rate: float | None = Field(None, gt=0)
-    """The gate's own rate. None given: 1e-3, as in the paper's code, for a model of width 4096, and in inverse
-    proportion to the width for others, since a step of Adam moves the gate's logits by so many times the rate."""
+    """The gate's own rate. None given: 1e-3, as in the paper's code, for a model of width 4096, and for others in
+    inverse proportion to the width's square root; docs/imsm.md says why."""
     optimizer: str = "adamw_torch"
     weight_decay: float = Field(0.01, ge=0)
     scheduler: str = "cosine"
