@@ -193,6 +193,11 @@ class IMSMModel(PeftModelForCausalLM):
 
     # --- use ----------------------------------------------------------------------------------------------------
 
+    @property
+    def memory(self) -> Memory:
+        """The memory that answers now; `use_memory` changes it."""
+        return self._memory
+
     @contextmanager
     def use_memory(self, memory: Memory) -> Iterator["IMSMModel"]:
         """Within the block, answer from one memory: "original" (the base, bit for bit), "enhanced" (plain PEFT), or
