@@ -85,8 +85,10 @@ def woven(load, make_imsm):
 
 
 def run(lm, folder):
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    return harness.simple_evaluate(lm, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0)
+    loaded = TaskManager(include_path=str(folder), include_defaults=False).load(list(TASKS))
+    for task in loaded["tasks"].values():
+        task.set_config("num_fewshot", 0)
+    return harness.evaluate(lm, loaded, bootstrap_iters=0)
 
 
 def ask(lm, pairs):

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from datasets.exceptions import DatasetsError
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from ..errors import DataError, UnsupportedModelError, UsageError, unknown_name
 from ..imsm import IMSMModel
 
 try:
-    from lm_eval import simple_evaluate
+    from lm_eval import evaluate
     from lm_eval.api.registry import register_model
     from lm_eval.models.huggingface import HFLM
     from lm_eval.models.utils import Collator
@@ -34,6 +34,7 @@ except ImportError as error:
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """The harness's: (context, continuation) as texts, None in rolling likelihoods; and both as tokens."""
 
+_SEED = 1234  # of the harness's own command line
 _BOOTSTRAPS = 1000  # the harness's standard errors of means need none of them, but come only where there are some
 
 
@@ -174,25 +175,29 @@ def score_lm_tasks(
 
     Raises DataError where a task's data cannot be read (most are on the hub).
     """
-    lm = TwinweaveLM(model, tokenizer=tokenizer, batch_size=batch_size)
+    set_seed(_SEED)  # for tasks that sample
     try:
-        with redirect_stdout(sys.stderr):
-            results = simple_evaluate(
-                lm, tasks=list(names), task_manager=manager, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False
-            )
+        loaded = manager.load(list(names))
     except (ConnectionError, FileNotFoundError, DatasetsError) as error:
         first = str(error).strip().split("\n")[0]
         raise DataError(f"The data of {', '.join(names)} cannot be read: {first}.") from error
+    for task in loaded["tasks"].values():
+        task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
+        task.set_fewshot_seed(_SEED)
+    lm = TwinweaveLM(model, tokenizer=tokenizer, batch_size=batch_size)
+    with redirect_stdout(sys.stderr):
+        # not its simple_evaluate, which looks for git and pip first
+        results = evaluate(lm, loaded, limit=limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False)
     return [
         LMScore(
-            task=task,
+            task=name,
             metric=metric,
             value=_finite(value),
             stderr=_finite(found.get(_stderr_of(metric))),
-            higher_is_better=results["higher_is_better"].get(task, {}).get(metric.split(",")[0]) is not False,
+            higher_is_better=results["higher_is_better"].get(name, {}).get(metric.split(",")[0]) is not False,
             count=found.get("sample_len", 0),
         )
-        for task, found in results["results"].items()
+        for name, found in results["results"].items()
         for metric, value in found.items()
         if "," in metric and "_stderr," not in metric
     ]
