@@ -74,5 +74,5 @@ def _quieten_libraries() -> None:
     warnings.filterwarnings("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    for name in ("accelerate", "lm_eval"):
+    for name in ("accelerate", "bitsandbytes", "lm_eval"):
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -100,4 +100,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return sorted(key for key in old.keys() | new.keys() if _said(old.get(key)) != _said(new.get(key)))
+
+
+def _said(value: Any) -> Any:
+    """`value` without the settings that are None: runs of earlier versions have no such key."""
+    return {k: _said(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value
