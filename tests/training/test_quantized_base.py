@@ -16,9 +16,9 @@ needs_bitsandbytes = pytest.mark.skipif(
 )
 
 
-def recipe(world, quantization, **changes):
+def recipe(world, quantization, methods=("peft", "imsm"), **changes):
     base = {"name": str(world / "base"), "quantization": quantization} | changes
-    values = tiny_runs.recipe_values(world, seeds=[0], methods=["peft", "imsm"]) | {"base": base}
+    values = tiny_runs.recipe_values(world, seeds=[0], methods=list(methods)) | {"base": base}
     values["training"] |= {"epochs": 1}
     return load_recipe(values)
 
@@ -35,6 +35,14 @@ def test_a_comparison(world, quantization):
     assert {run["method"] for run in results["runs"]} == {"peft", "imsm"}
     assert all(run["target"]["reverse"]["loss"] < results["base"]["target_score"] for run in results["runs"])
     assert compare(checked) == results | {"provenance": compare(checked)["provenance"]}
+
+
+@needs_bitsandbytes
+@pytest.mark.parametrize("method", ["peft_osf", "peft_l2"])
+def test_methods_that_compute_with_the_weights_are_refused_before_anything_is_trained(world, method):
+    with pytest.raises(RecipeError, match=f"{method} computes with the base's weights"):
+        compare(recipe(world, "4bit", methods=("peft", method)))
+    assert not (world / "run").exists()
 
 
 @needs_bitsandbytes
