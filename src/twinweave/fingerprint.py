@@ -30,15 +30,18 @@ class BaseFingerprint:
     """Identifies a base model whatever precision it is loaded in.
 
     `config`: hash over the architecture's sizes; `parameters`: their number; `weights`: hash over a fixed sample of the
-    weights, rounded to bfloat16, or None where they cannot be read (a quantised or empty base).
+    weights, rounded to bfloat16, or None where they cannot be read (a quantised or empty base); `kept`: the same over
+    what quantisation leaves as it is (input embeddings, norms and biases), so that a quantised base can be told from
+    another one, and known as the same in full precision.
     """
 
     config: str
     parameters: int
     weights: str | None
+    kept: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The three values as plain data."""
+        """The values as plain data."""
         return asdict(self)
 
     def differences(self, other: "BaseFingerprint") -> list[str]:
@@ -47,6 +50,8 @@ class BaseFingerprint:
         if self.config != other.config:
             found.append(f"architecture or sizes (config hash {self.config} against {other.config})")
         if self.weights is None or other.weights is None:  # a quantised base counts its parameters differently
+            if self.kept is not None and other.kept is not None and self.kept != other.kept:
+                found.append(f"embeddings, norms or biases (sample hash {self.kept} against {other.kept})")
             return found
         if self.parameters != other.parameters:
             found.append(f"number of parameters ({self.parameters:,} against {other.parameters:,})")
@@ -55,21 +60,32 @@ class BaseFingerprint:
         return found
 
     def __str__(self) -> str:
-        return f"{self.config}-{self.parameters}-{self.weights or 'unread'}"
+        return f"{self.config}-{self.parameters}-{self.weights or self.kept or 'unread'}"
 
 
 def fingerprint(model: nn.Module) -> BaseFingerprint:
     """The fingerprint of a base model, taken before any adapter is injected into it."""
     parameters = sorted(model.named_parameters(), key=lambda item: item[0])
     config = getattr(model, "config", None)
+    quantised = getattr(config, "quantization_config", None) is not None
     if config is not None and hasattr(config, "get_text_config"):
         config = config.get_text_config(decoder=True)
     values = {name: getattr(config, name, None) for name in _CONFIG_FIELDS}
     return BaseFingerprint(
         config=_hash(json.dumps(values, sort_keys=True, default=str).encode()),
         parameters=sum(p.numel() for _, p in parameters),
-        weights=_hash_of_sample([p for _, p in parameters]),
+        weights=None if quantised else _hash_of_sample([p for _, p in parameters]),
+        kept=_hash_of_sample(_left_as_they_are(model, parameters)),
     )
+
+
+def _left_as_they_are(model: Any, parameters: list[tuple[str, nn.Parameter]]) -> list[nn.Parameter]:
+    """The input embeddings, norms and biases; nothing where the embeddings are quantised too."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    weight = getattr(embedding, "weight", None)
+    if type(weight) is not nn.Parameter:
+        return []
+    return [weight, *(p for _, p in parameters if p.ndim == 1 and type(p) is nn.Parameter)]
 
 
 def _hash_of_sample(parameters: list[nn.Parameter]) -> str | None:

@@ -74,4 +74,5 @@ def _quieten_libraries() -> None:
     warnings.filterwarnings("ignore")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "bitsandbytes", "lm_eval"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -38,12 +38,18 @@ def show(results: dict[str, Any], folder: Path) -> None:
     print(f"report:  {path}")
 
 
-def open_run(run: Path, base: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase, Recipe]:
-    """The trained model of a run, its tokenizer, and the recipe it came from."""
+def locate(run: Path) -> tuple[Path, Path]:
+    """The folder of a run's trained model, and that of the whole run."""
     folder = find_model(run)
     owner = next((p for p in (run, *run.parents) if (p / RESULTS_NAME).is_file()), None)
     if owner is None:
         raise DamagedFileError(f"{run} belongs to no finished run ({RESULTS_NAME} is missing).")
+    return folder, owner
+
+
+def open_run(run: Path, base: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase, Recipe]:
+    """The trained model of a run, its tokenizer, and the recipe it came from."""
+    folder, owner = locate(run)
     results = read_results(owner)
     recipe = load_recipe(results["recipe"])
     if base is not None:

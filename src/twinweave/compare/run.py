@@ -33,7 +33,7 @@ from ..training import (
 )
 from .check import check_run
 from .results import assemble, average_scores
-from .store import RESULTS_NAME, RunFolder
+from .store import RESULTS_NAME, RunFolder, read_results
 
 
 def train(recipe: Recipe) -> dict[str, Any]:
@@ -74,6 +74,8 @@ class _Session:
 
     def finish(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
         results = assemble(self.recipe, self.base, cells)
+        if (self.run.path / RESULTS_NAME).is_file():  # what was added since is not computed again
+            results |= {k: v for k, v in read_results(self.run.path).items() if k == "lm_eval"}
         write_json_atomic(self.run.path / RESULTS_NAME, results)
         remove_store(self.frozen_folder)
         return results

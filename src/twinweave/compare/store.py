@@ -65,6 +65,19 @@ def read_results(run: Path) -> dict[str, Any]:
     return results
 
 
+def add_lm_scores(run: Path, entries: list[dict[str, Any]]) -> Path:
+    """Add scores of lm-eval tasks to a run's results.json, in place of those measured the same way before."""
+    results = read_results(run)
+
+    def measured(entry: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(entry[key] for key in ("model", "memory", "retention", "limit", "task", "metric"))
+
+    new = {measured(entry) for entry in entries}
+    results["lm_eval"] = [entry for entry in results.get("lm_eval", []) if measured(entry) not in new] + entries
+    write_json_atomic(run / RESULTS_NAME, results)
+    return run / RESULTS_NAME
+
+
 def find_model(run: Path) -> Path:
     """The folder of the trained model to use from a run: its best one; from a comparison, the first IMSM one if any."""
     cells = [path for kind in ("imsm-*", "*") for path in sorted((run / "cells").glob(f"{kind}/best"))]
@@ -87,4 +100,9 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    return sorted(key for key in old.keys() | new.keys() if _said(old.get(key)) != _said(new.get(key)))
+
+
+def _said(value: Any) -> Any:
+    """`value` without the settings that are None: runs of earlier versions have no such key."""
+    return {k: _said(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value

@@ -34,6 +34,7 @@ from .labels import (
     trim,
     weave_at_labels,
 )
+from .quantized import keep_differentiable
 from .twin import Plan, Twin
 from .weave import Call, weave, with_last_hidden_state
 
@@ -87,6 +88,7 @@ class IMSMModel(PeftModelForCausalLM):
         adapter_name: str = "default",
         **peft_kwargs: Any,
     ) -> None:
+        keep_differentiable(base)
         base_fingerprint = fingerprint(base)  # before the adapter adds its own parameters
         decoder, head = base.get_decoder(), base.get_output_embeddings()
         super().__init__(base, peft_config, adapter_name=adapter_name, **peft_kwargs)
@@ -192,6 +194,11 @@ class IMSMModel(PeftModelForCausalLM):
             self._call = outer
 
     # --- use ----------------------------------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> Memory:
+        """The memory that answers now; `use_memory` changes it."""
+        return self._memory
 
     @contextmanager
     def use_memory(self, memory: Memory) -> Iterator["IMSMModel"]:

@@ -172,7 +172,7 @@ def _local_folder(path: str | os.PathLike[str], revision: str | None) -> Path:
 def _load_base(name: str, base_kwargs: dict[str, Any]) -> PreTrainedModel:
     try:
         return AutoModelForCausalLM.from_pretrained(name, **base_kwargs)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # the last: a package that its quantisation needs
         raise UnsupportedModelError(f"The base model {name} cannot be loaded ({error}). Pass base=MODEL.") from error
 
 

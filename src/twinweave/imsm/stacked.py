@@ -173,7 +173,9 @@ class _TurnedLinear(nn.Linear):
 
 
 def _gains_from_turning(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
+    if type(module) is not nn.Linear or type(module.weight) is not nn.Parameter:  # torchao: a tensor of its own kind
+        return False
+    return module.weight.device.type == "cpu" and module.weight.dtype == torch.float32
 
 
 def _base_of(layer: nn.Module) -> nn.Module | None:

@@ -2,13 +2,22 @@
 
 import gc
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ..data import check_tokenizer
 from ..errors import DamagedFileError, UnsupportedModelError
+from ..imsm.quantized import keep_differentiable
 from .recipe import BaseSection
 
 
@@ -22,7 +31,12 @@ def load_base(section: BaseSection) -> PreTrainedModel:
             dtype=dtype,
             attn_implementation=section.attn_implementation,
             trust_remote_code=section.trust_remote_code,
+            **_quantized(section),
         )
+    except ImportError as error:
+        raise UnsupportedModelError(
+            f"The base '{section.name}' needs a package that is missing here: {_first_line(error)}."
+        ) from error
     except SafetensorError as error:
         raise DamagedFileError(
             f"The weights of the base '{section.name}' are damaged or cut short ({_first_line(error)}). Copy them "
@@ -33,8 +47,24 @@ def load_base(section: BaseSection) -> PreTrainedModel:
             f"The base '{section.name}' cannot be loaded as a causal language model: {_first_line(error)}. Give a "
             "local directory or a hub name of one."
         ) from error
-    model.to(default_device())  # type: ignore[arg-type]  # the stub wants a model where a device belongs
+    keep_differentiable(model)
+    if section.quantization is None:
+        model.to(default_device())  # type: ignore[arg-type]  # the stub wants a model where a device belongs
     return model.eval()
+
+
+def _quantized(section: BaseSection) -> dict[str, Any]:
+    """How `from_pretrained` makes a base of 8 or 4 bits, which it has to put on its device itself."""
+    if section.quantization is None:
+        return {}
+    settings = BitsAndBytesConfig(
+        load_in_8bit=section.quantization == "8bit",
+        load_in_4bit=section.quantization == "4bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=getattr(torch, section.dtype),
+    )
+    return {"quantization_config": settings, "device_map": {"": default_device()}}
 
 
 def load_tokenizer(section: BaseSection) -> PreTrainedTokenizerBase:

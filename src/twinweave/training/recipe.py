@@ -20,6 +20,8 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_bitsandbytes_available
+from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
 from ..errors import RecipeError, unknown_name
 from ..evaluation import Task, resolve_task
@@ -39,10 +41,22 @@ class BaseSection(_Section):
     """A local directory, a hub name, or `pocket` (the small base shipped with twinweave)."""
     revision: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["8bit", "4bit"] | None = None
+    """Load the base with its linear layers in 8 or 4 bits (bitsandbytes), computing in `dtype`."""
     attn_implementation: str | None = None
     pad_token: str | None = None
     """A token of the vocabulary to pad with, for tokenizers that have no padding token."""
     trust_remote_code: bool = False
+
+    @field_validator("quantization")
+    @classmethod
+    def _installed_quantization(cls, value: str | None) -> str | None:
+        if value is not None and not is_bitsandbytes_available():
+            raise RecipeError(
+                f"base.quantization: {value} needs bitsandbytes {BITSANDBYTES_MIN_VERSION} or later, which is not "
+                "installed here. Install it (pip install 'twinweave[quantization]'), or leave it out."
+            )
+        return value
 
 
 class DataSection(_Section):
