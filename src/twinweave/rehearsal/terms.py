@@ -53,17 +53,18 @@ def gate_rehearsal(model: PeftModel, materials: Materials) -> Term | None:
     if general is None:
         return None
     settings = general.settings
+    adapter_weight = settings.adapter_weight if getattr(model, "trains_adapter", True) else 0.0
 
     def term(model: Any, inputs: Batch, outputs: Any, step: int) -> Tensor | None:
         batch = on_device_of(inputs, general.batch(step, materials.seed))
         if batch is None:
             return None
         frozen = materials.frozen(batch) if materials.frozen is not None else None
-        rehearse = "both" if settings.adapter_weight else "gate"
+        rehearse = "both" if adapter_weight else "gate"
         out = model(**batch, frozen=frozen, use_cache=False, rehearse=rehearse, output_gate=True)
         loss: Tensor = settings.weight * out.divergences[0]
-        if settings.adapter_weight:
-            loss = loss + settings.adapter_weight * out.divergences[1]
+        if adapter_weight:
+            loss = loss + adapter_weight * out.divergences[1]
         told = settings.gate_weight * max(0.0, 1 - step / materials.steps)
         if told:
             loss = loss + told * (_surprise(out.gate) + _surprise(1 - _gate_at_labels(inputs, outputs)))

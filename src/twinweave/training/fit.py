@@ -85,7 +85,9 @@ def fit(
     set_seed(seed)
     base = load_base(recipe.base)
     materials = Materials(seed, steps, multiple("term"), rehearsal)
-    model = method.build(base, recipe.peft_config(steps), recipe.imsm_config(), materials)
+    model = method.build(base, recipe.adapter(steps), recipe.imsm_config(), materials)
+    if not model.get_nb_trainable_parameters()[0]:
+        return _as_it_is(model, folder)
     arguments, collator = _arguments(section, seed, steps, folder, data), CompletionCollator(tokenizer)
     stores = partial(frozen_store_for, section, model, tokenizer=tokenizer, arguments=arguments, collator=collator)
     own_frozen_folder = folder / "frozen"
@@ -126,6 +128,16 @@ def fit(
         remove_store(own_frozen_folder, decision=True)
     del trainer, model, base
     free_memory()
+    return training
+
+
+def _as_it_is(model: PeftModel, folder: Path) -> Training:
+    """An adapter that is left as it was found."""
+    for name in ("best", "last"):
+        model.save_pretrained(str(folder / name))
+    nothing: dict[str, list[list[float]]] = {"train": [], "validation": []}
+    training = Training(0.0, 0.0, _peak_memory(), 0, 0, 0, None, None, nothing)
+    write_json_atomic(folder / FINISHED, asdict(training))
     return training
 
 

@@ -65,7 +65,8 @@ class TwinweaveTrainer(TermTrainer):
         self._bar = ProgressBarCallback()
         self.add_callback(self._bar)
         self.add_callback(LogAtCheckpointsCallback())
-        if isinstance(getattr(self.model, "base_model", None), AdaLoraModel):
+        learns = getattr(self.model, "trains_adapter", True)
+        if learns and isinstance(getattr(self.model, "base_model", None), AdaLoraModel):
             self.add_callback(AdaLoraCallback())
         self.seconds = 0.0
         self.tokens = 0
@@ -124,6 +125,7 @@ class TwinweaveTrainer(TermTrainer):
                 group["params"] = [p for p in group["params"] if id(p) not in ids]
             if own:
                 optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": self.args.weight_decay})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
