@@ -14,10 +14,11 @@ import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, TaskType
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from ..errors import UnsupportedModelError, UsageError, unknown_name
 from ..fingerprint import fingerprint
-from . import existing, saving
+from . import card, existing, saving
 from .adapters import adapters_off, dropout_off
 from .cache import TwinCache, is_empty
 from .checks import adapted_behind, check_adapter, check_base, misfit, take_adapter_out
@@ -35,8 +36,11 @@ from .labels import (
     trim,
     weave_at_labels,
 )
+from .output import with_entries
 from .twin import Plan, Twin
 from .weave import Call, weave, with_last_hidden_state
+
+SUPPORTED_PEFT_TASKS["text-generation"].append("IMSMModel")  # or `pipeline` complains, though it works
 
 Memory = Literal["original", "enhanced", "interwoven"]
 Rehearse = Literal["gate", "both"]
@@ -294,8 +298,7 @@ class IMSMModel(PeftModelForCausalLM):
         gate = call.gate if call.gate is not None else self._constant_gate(shape)
         if isinstance(output, tuple):
             return (*output, gate)
-        output["gate"] = gate
-        return output
+        return with_entries(output, gate=gate)
 
     @contextmanager
     def _rehearsing(self, call: Call, rehearse: Rehearse | None) -> Iterator[None]:
@@ -437,11 +440,24 @@ class IMSMModel(PeftModelForCausalLM):
         saving.save(self, save_directory, super().save_pretrained, **kwargs)
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's `load_adapter`; gate and guard saved beside the adapter are loaded with it."""
+        """PEFT's `load_adapter`; for the active adapter, gate and guard saved beside it are loaded with it."""
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        saving.load_gate_if_present(self, model_id)
-        saving.load_guard_if_present(self, model_id)
+        if adapter_name in self.active_adapters:
+            saving.load_gate_if_present(self, model_id)
+            saving.load_guard_if_present(self, model_id)
         return result
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """PEFT's model card, with what this model is and how it is loaded."""
+        super().create_or_update_model_card(output_dir)
+        card.write(output_dir)
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """The last step of `push_to_hub`, which has put a card of transformers' in the place of this model's."""
+        tags = card.tags_in(working_dir)
+        super().create_or_update_model_card(str(working_dir))
+        card.write(working_dir, repo_id, tags)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -52,7 +53,8 @@ def save(model: "IMSMModel", path: str | os.PathLike[str], save_adapter: Callabl
                 "imsm": settings,
                 "base": {
                     "name_or_path": base.config._name_or_path or None,
-                    "revision": getattr(base.config, "_commit_hash", None),
+                    # transformers keeps no trace of it from 5.23 on; PEFT's configurations have a place for it
+                    "revision": getattr(base.config, "_commit_hash", None) or model.active_peft_config.revision,
                     "fingerprint": model.base_fingerprint.to_dict(),
                 },
             },
@@ -174,7 +176,13 @@ def local_folder(path: str | os.PathLike[str], revision: str | None) -> Path:
     if folder.is_dir():
         return folder
     if isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        try:
+            return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise DamagedFileError(
+                f"{path}, revision {revision or 'main'}, is no folder here and cannot be had from the hub "
+                f"({' '.join(str(error).split()):.200}). Check the name and the revision."
+            ) from error
     raise DamagedFileError(f"There is no folder {folder}. Pass a folder written by save_pretrained, or a hub name.")
 
 

@@ -3,6 +3,7 @@
 Knows nothing about how any of it is carried out. Paths are relative to the folder the command is run in.
 """
 
+import json
 import math
 import os
 import re
@@ -85,6 +86,9 @@ class TrainingSection(_Section):
     A folder: kept there, and used again by other runs on the same rows."""
     evaluate_every: Literal["epoch"] | int = "epoch"
     """Validation and a checkpoint after each epoch, or after so many steps."""
+    deepspeed: str | None = None
+    """A DeepSpeed configuration (JSON), as transformers' TrainingArguments take it; the run is to be started by
+    `accelerate launch` or `deepspeed` then."""
     log_every: int = Field(10, ge=1)
     report_to: list[str] = []
 
@@ -102,6 +106,16 @@ class TrainingSection(_Section):
             return "off"
         if not isinstance(value, str) or not value.strip():
             raise ValueError("must be 'auto', 'off' or a folder")
+        return value
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _readable_deepspeed(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                json.loads(Path(value).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise RecipeError(f"training.deepspeed: {value} is no readable JSON file ({error}).") from error
         return value
 
     @field_validator("optimizer")
@@ -291,7 +305,7 @@ class Recipe(_Section):
         for key in settings:
             if key not in known:
                 raise RecipeError(unknown_name(f"setting of PEFT type {self.peft_type}:", key, known))
-        settings.setdefault("task_type", "CAUSAL_LM")
+        settings = {"task_type": "CAUSAL_LM", "revision": self.base.revision} | settings
         if kind is AdaLoraConfig:
             steps = settings.get("total_step") or steps
             settings = {"tinit": round(0.1 * steps), "tfinal": round(0.3 * steps), "total_step": steps} | settings

@@ -96,6 +96,16 @@ class TwinweaveTrainer(TermTrainer):
         best = [p for p in done if p.name == f"checkpoint-{self.state.best_global_step}"]
         return (best or done)[-1]
 
+    def tokens_of_all(self) -> int:
+        """`tokens` of all processes together; to be asked in each of them."""
+        counted = torch.tensor(self.tokens, device=self.args.device)
+        return int(self.accelerator.reduce(counted))
+
+    def gathered_state(self) -> dict[str, Tensor] | None:
+        """The model's weights put together from all processes, for `save_pretrained`; None where each has them whole.
+        To be asked in each process; the first one gets them."""
+        return self.accelerator.get_state_dict(self.model_wrapped) if self._is_sharded else None
+
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
         """Turn a failure to write within the block into a TrainingError that says what is safe.
