@@ -1,13 +1,20 @@
 """Everything the README shows is run: Python as it stands, commands with settings that make them short."""
 
+import importlib.util
 import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from twinweave.pocket import base_dir
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -22,8 +29,8 @@ SHORT = [
 ]
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def commands() -> list[list[str]]:
@@ -36,8 +43,29 @@ def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
-def test_python_snippets_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def my_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The working directory, with the adapter that the pages speak of."""
     monkeypatch.chdir(tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(base_dir(), dtype=torch.float32)
+    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    get_peft_model(base, config).save_pretrained("my-lora")
+
+
+@pytest.mark.usefixtures("my_lora")
+def test_trainers_page() -> None:
+    page = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for block in blocks("python", page):
+        if "trl" not in block or importlib.util.find_spec("trl"):
+            exec(compile(block, "trainers.md", "exec"), names)
+    model: Any = names["model"]
+    assert model.gate.w_b.abs().max() > 0
+    assert not model.trains_adapter
+
+
+@pytest.mark.usefixtures("my_lora")
+def test_python_snippets_run_one_after_the_other(tmp_path: Path) -> None:
     code = "\n".join(blocks("python"))
     assert "get_imsm_model" in code
     names: dict[str, object] = {}

@@ -14,11 +14,23 @@ from peft.helpers import rescale_adapter_scale
 from transformers import PreTrainedModel
 
 from .baselines import adapter_rehearsal, corda_model, ewc, l2_sp, lwf, oft_model, osf_model, replay
-from .errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError, unknown_name
+from .errors import BaseMismatchError, DamagedFileError, RecipeError, UnsupportedModelError, UsageError, unknown_name
 from .files import read_safetensors
 from .imsm import IMSMConfig, IMSMModel, get_imsm_model
 from .imsm.checks import check_adapter, check_base
 from .rehearsal import MakeTerm, Materials, gate_rehearsal
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """An adapter that is trained already, to go on from."""
+
+    path: str
+    train: bool
+    """Whether it learns more, or is left as it is."""
+
+
+Adapter = PeftConfig | SavedAdapter
 
 
 class Build(Protocol):
@@ -27,7 +39,7 @@ class Build(Protocol):
     def __call__(
         self,
         base: PreTrainedModel,
-        peft_config: PeftConfig,
+        adapter: Adapter,
         imsm_config: IMSMConfig,
         materials: Materials | None = None,
         /,
@@ -80,24 +92,28 @@ class Method:
 
 
 def _plain(
-    base: PreTrainedModel, peft_config: PeftConfig, imsm_config: IMSMConfig, materials: Materials | None = None
+    base: PreTrainedModel, adapter: Adapter, imsm_config: IMSMConfig, materials: Materials | None = None
 ) -> PeftModel:
     check_base(base)
-    check_adapter(peft_config)
+    if isinstance(adapter, SavedAdapter):
+        return load_plain(adapter.path, base, is_trainable=adapter.train)
+    check_adapter(adapter)
     with _refusals(base):
-        return get_peft_model(base, peft_config)
+        return get_peft_model(base, adapter)
 
 
 def _own(make: Callable[[PreTrainedModel, PeftConfig, Materials | None], PeftModel]) -> Build:
     """A method with an adapter of its own, derived from the recipe's."""
 
     def build(
-        base: PreTrainedModel, peft_config: PeftConfig, imsm_config: IMSMConfig, materials: Materials | None = None
+        base: PreTrainedModel, adapter: Adapter, imsm_config: IMSMConfig, materials: Materials | None = None
     ) -> PeftModel:
         check_base(base)
-        check_adapter(peft_config)
+        if isinstance(adapter, SavedAdapter):
+            raise RecipeError("peft.path: a method with an adapter of its own cannot go on from a saved one.")
+        check_adapter(adapter)
         with _refusals(base):
-            model = make(base, peft_config, materials)
+            model = make(base, adapter, materials)
         if not model.get_nb_trainable_parameters()[0]:
             kind = type(model.peft_config["default"]).__name__.removesuffix("Config")
             raise UnsupportedModelError(
@@ -109,7 +125,7 @@ def _own(make: Callable[[PreTrainedModel, PeftConfig, Materials | None], PeftMod
     return build
 
 
-def load_plain(path: str, base: PreTrainedModel) -> PeftModel:
+def load_plain(path: str, base: PreTrainedModel, *, is_trainable: bool = False) -> PeftModel:
     """A saved plain adapter on its base.
 
     Raises DamagedFileError for files that are missing, truncated or pickled, BaseMismatchError for another base.
@@ -126,7 +142,7 @@ def load_plain(path: str, base: PreTrainedModel) -> PeftModel:
     except (ValueError, KeyError, TypeError) as error:
         raise DamagedFileError(f"The adapter_config.json in {path} cannot be read ({error}). Save it again.") from error
     try:
-        model = PeftModel.from_pretrained(base, path, config=config)
+        model = PeftModel.from_pretrained(base, path, is_trainable=is_trainable, config=config)
     except (RuntimeError, ValueError) as error:  # tensors of another shape, or modules that are not there
         raise BaseMismatchError(
             f"The adapter in {path} was made for another base than this {type(base).__name__} "
@@ -139,10 +155,13 @@ def load_plain(path: str, base: PreTrainedModel) -> PeftModel:
 
 def _woven(fusion: str) -> Build:
     def build(
-        base: PreTrainedModel, peft_config: PeftConfig, imsm_config: IMSMConfig, materials: Materials | None = None
+        base: PreTrainedModel, adapter: Adapter, imsm_config: IMSMConfig, materials: Materials | None = None
     ) -> PeftModel:
+        settings = replace(imsm_config, fusion=fusion)  # type: ignore[arg-type]
+        if isinstance(adapter, SavedAdapter):
+            return get_imsm_model(base, adapter.path, settings, train_adapter=adapter.train)
         with _refusals(base):
-            return get_imsm_model(base, peft_config, replace(imsm_config, fusion=fusion))  # type: ignore[arg-type]
+            return get_imsm_model(base, adapter, settings)
 
     return build
 
@@ -286,6 +305,16 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise UsageError(unknown_name("method", name, METHODS))
     return METHODS[name]
+
+
+def check_saved(method: Method, adapter: SavedAdapter) -> None:
+    """Raise RecipeError for a method that a saved adapter leaves nothing to do. `peft` is then the adapter as it is."""
+    if method.build is None or method.load is _load_woven:
+        return
+    if method.build is not _plain:
+        raise RecipeError(f"peft.path: {method.name} has an adapter of its own and cannot go on from a saved one.")
+    if not adapter.train and method.name != "peft":
+        raise RecipeError(f"peft.train: {method.name} trains the adapter, and it is to be left as it is.")
 
 
 def knobs() -> dict[str, Knob]:

@@ -13,15 +13,19 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from .processes import is_first
+
 T = TypeVar("T")
 
-# Progress and messages go to standard error, so that standard output holds results only.
+# Progress and messages go to standard error, so that standard output holds results only. Errors are said by every
+# process of a run, the rest by the first.
 console = Console(stderr=True)
 
 
 def say(message: str) -> None:
     """One line about what happens now."""
-    console.print(message, soft_wrap=True, highlight=False)
+    if is_first():
+        console.print(message, soft_wrap=True, highlight=False)
 
 
 def progress_bar() -> Progress:
@@ -35,7 +39,7 @@ def progress_bar() -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
-        disable=not console.is_terminal,
+        disable=not console.is_terminal or not is_first(),
     )
 
 

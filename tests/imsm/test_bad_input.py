@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import PrefixTuningConfig, PromptTuningConfig
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -29,9 +29,6 @@ NO_CAUSAL_LMS = {
     "LlamaModel": lambda base: LlamaModel(base.config),
     "LlamaForSequenceClassification": lambda base: LlamaForSequenceClassification(base.config),
     "Linear": lambda base: torch.nn.Linear(2, 2),
-    "PeftModelForCausalLM": lambda base: get_peft_model(
-        base, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
-    ),
     "str": lambda base: "meta-llama/Llama-3.1-8B",
 }
 

@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from ..imsm.adapters import adapter_layers
 from ..imsm.labels import IGNORED
+from ..processes import mean_over_processes
 from ..rehearsal.terms import Batch, Materials, Term, divergence, on_device_of
 from .distillation import original_logits
 
@@ -42,9 +43,9 @@ def replay(model: PeftModel, materials: Materials) -> Term:
         if batch is None:
             return None
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
-        loss = cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED
-        )
+        wanted = batch["labels"][:, 1:].flatten()
+        loss = cross_entropy(logits[:, :-1].flatten(0, 1).float(), wanted, ignore_index=IGNORED)
+        loss = mean_over_processes(loss, (wanted != IGNORED).sum())
         return materials.weight * general.settings.every * loss
 
     return term

@@ -16,6 +16,7 @@ from ..errors import BaseMismatchError, DamagedFileError, UsageError
 from ..fingerprint import fingerprint
 from ..imsm import IMSMModel
 from ..methods import load_plain
+from ..processes import is_first
 from ..report import build_report, terminal_tables
 from ..training import Recipe, load_base, load_recipe, load_tokenizer
 
@@ -30,7 +31,10 @@ OVERRIDES_HELP = "Settings that replace the recipe's, such as training.epochs=1 
 
 
 def show(results: dict[str, Any], folder: Path) -> None:
-    """Tables with the finding, and the path of the report, which is written into `folder`."""
+    """Tables with the finding, and the path of the report, which is written into `folder`; of several processes the
+    first shows it."""
+    if not is_first():
+        return
     for table in terminal_tables(results):
         out.print(table)
     path = build_report([results], folder / "report.html")

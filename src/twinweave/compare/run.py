@@ -19,10 +19,12 @@ from ..files import write_json_atomic
 from ..fingerprint import fingerprint
 from ..imsm import IMSMModel
 from ..methods import Method, get_method
+from ..processes import is_first
 from ..progress import say
 from ..rehearsal import RehearsalRows
 from ..training import (
     Recipe,
+    Training,
     fit,
     free_memory,
     load_base,
@@ -76,14 +78,18 @@ class _Session:
         results = assemble(self.recipe, self.base, cells)
         if (self.run.path / RESULTS_NAME).is_file():  # what was added since is not computed again
             results |= {k: v for k, v in read_results(self.run.path).items() if k == "lm_eval"}
-        write_json_atomic(self.run.path / RESULTS_NAME, results)
-        remove_store(self.frozen_folder)
+        if is_first():
+            write_json_atomic(self.run.path / RESULTS_NAME, results)
+            remove_store(self.frozen_folder)
         return results
 
     def trained_cell(
         self, method: Method, seed: int, setting: dict[str, float], folder: Path, part: str
     ) -> dict[str, Any]:
-        return self.run.part(part, partial(self._train_and_score, method, seed, setting, folder))
+        if not self.run.has(part):
+            say(f"{_shown(method, setting)}, seed {seed}: training")
+            training = self._train(method, seed, setting, folder)  # in all processes of the run; scored in the first
+        return self.run.part(part, lambda: self._score_trained(method, seed, setting, folder, training))
 
     def cell(self, method: Method, seed: int, setting: dict[str, float]) -> dict[str, Any]:
         name = "-".join([method.name, *(f"{knob}={value!r}" for knob, value in setting.items()), f"seed{seed}"])
@@ -103,9 +109,8 @@ class _Session:
         counts = scores.pop("counts")
         return {**facts, "scores": by_task, "counts": counts, **average_scores(self.recipe, by_task)}
 
-    def _train_and_score(self, method: Method, seed: int, setting: dict[str, float], folder: Path) -> dict[str, Any]:
-        say(f"{_shown(method, setting)}, seed {seed}: training")
-        training = fit(
+    def _train(self, method: Method, seed: int, setting: dict[str, float], folder: Path) -> Training:
+        return fit(
             self.recipe,
             method,
             seed,
@@ -116,6 +121,10 @@ class _Session:
             rehearsal=self._rehearsal_rows() if method.rehearses != "never" else None,
             frozen_folder=self.frozen_folder,
         )
+
+    def _score_trained(
+        self, method: Method, seed: int, setting: dict[str, float], folder: Path, training: Training
+    ) -> dict[str, Any]:
         model = self._load(method, folder / "best")
         say(f"{_shown(method, setting)}, seed {seed}: scoring")
         record = self._record(method, seed, setting, model) | {

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import DamagedFileError, RecipeError
 from ..files import write_json_atomic
+from ..processes import is_first, wait_for
 from ..training import Recipe
 
 RECIPE_NAME = "recipe.json"
@@ -42,9 +43,15 @@ class RunFolder:
         """Whether any part of the run was finished before."""
         return (self.path / RECIPE_NAME).is_file()
 
+    def has(self, name: str) -> bool:
+        """Whether the part of that name is finished."""
+        return (self.path / f"{name}.json").is_file()
+
     def part(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-        """The finished part of that name, or what `make` gives, written down."""
+        """The finished part of that name, or what `make` gives, written down (by the first of a run's processes)."""
         file = self.path / f"{name}.json"
+        if not is_first():
+            wait_for(file)
         if file.is_file():
             return _read(file)
         value = make()

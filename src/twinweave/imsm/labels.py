@@ -15,6 +15,7 @@ from ..errors import UsageError
 from .gate import MemoryGate
 from .guard import DomainGuard
 from .memory import ends_of_labels
+from .output import with_entries
 
 IGNORED = -100
 
@@ -184,5 +185,4 @@ def compared(output: Any) -> Any:
     if is_tuple:
         return (divergences.sum(), logits[:1], *output[1:])
     output.loss, output.logits = divergences.sum(), logits[:1]
-    output["divergences"] = divergences
-    return output
+    return with_entries(output, divergences=divergences)

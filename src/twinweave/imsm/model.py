@@ -5,18 +5,20 @@ Knows nothing about training loops, data or evaluation. The arithmetic is in `ga
 """
 
 import math
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
-from peft import PeftConfig, PeftModelForCausalLM, TaskType
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM, TaskType
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
+from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from ..errors import UnsupportedModelError, UsageError, unknown_name
 from ..fingerprint import fingerprint
-from . import saving
+from . import card, existing, saving
 from .adapters import adapters_off, dropout_off
 from .cache import TwinCache, is_empty
 from .checks import adapted_behind, check_adapter, check_base, misfit, take_adapter_out
@@ -34,39 +36,54 @@ from .labels import (
     trim,
     weave_at_labels,
 )
+from .output import with_entries
 from .quantized import keep_differentiable
 from .twin import Plan, Twin
 from .weave import Call, weave, with_last_hidden_state
+
+SUPPORTED_PEFT_TASKS["text-generation"].append("IMSMModel")  # or `pipeline` complains, though it works
 
 Memory = Literal["original", "enhanced", "interwoven"]
 Rehearse = Literal["gate", "both"]
 
 
 def get_imsm_model(
-    base: PreTrainedModel,
-    peft_config: PeftConfig,
+    base: PreTrainedModel | PeftModel,
+    peft_config: PeftConfig | str | os.PathLike[str] | None = None,
     imsm_config: IMSMConfig | None = None,
     adapter_name: str = "default",
+    *,
+    train_adapter: bool = True,
     **peft_kwargs: Any,
 ) -> "IMSMModel":
     """Wrap a causal language model: its weights are frozen, an adapter and the gate are trained beside them.
 
-    `base` is changed in place, as by `peft.get_peft_model`; `peft_kwargs` are that function's
-    (`autocast_adapter_dtype`, `low_cpu_mem_usage`). Raises UnsupportedModelError when the model is no causal LM or the
-    adapter does not fit it.
+    `peft_config`: a configuration, for a fresh adapter; or the folder (or hub name) of one that plain PEFT has trained;
+    or None, where `base` is a PeftModel around one. `train_adapter=False` leaves a trained adapter as it is: the gate
+    alone learns. `base` is changed in place, as by `peft.get_peft_model` (a PeftModel is taken apart); `peft_kwargs`
+    are that function's (`autocast_adapter_dtype`, `low_cpu_mem_usage`). Raises UnsupportedModelError when the model is
+    no causal LM or the adapter does not fit it, and for saved adapters what `existing.read_from` raises.
     """
+    base, peft_config, trained = existing.unpack(base, peft_config)
+    if trained is None and not train_adapter:
+        raise UsageError("train_adapter=False is for an adapter that is trained already; a fresh one has to be.")
     check_base(base)
     if peft_config.task_type is None:
         peft_config.task_type = TaskType.CAUSAL_LM
     check_adapter(peft_config)
     peft_config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
     try:
-        return IMSMModel(base, peft_config, imsm_config or IMSMConfig(), adapter_name, **peft_kwargs)
+        model = IMSMModel(base, peft_config, imsm_config or IMSMConfig(), adapter_name, **peft_kwargs)
     except (ValueError, TypeError) as error:
         take_adapter_out(base)  # PEFT may have come to some layers already
         if "arget module" not in str(error) and "target_modules" not in str(error):
             raise
         raise misfit(base, peft_config, error) from error
+    if trained is not None:
+        existing.give_weights(model, trained, adapter_name)
+    if not train_adapter:
+        existing.freeze_adapter(model)
+    return model
 
 
 class IMSMModel(PeftModelForCausalLM):
@@ -193,6 +210,18 @@ class IMSMModel(PeftModelForCausalLM):
         finally:
             self._call = outer
 
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether anything but the gate learns."""
+        return any(p.requires_grad for name, p in self.named_parameters() if not name.startswith("gate."))
+
+    def train(self, mode: bool = True) -> "IMSMModel":
+        """As in torch; an adapter that does not learn is a constant, also in training: it runs without dropout."""
+        super().train(mode)
+        if mode and not self.trains_adapter:
+            self._twin.decoder.eval()
+        return self
+
     # --- use ----------------------------------------------------------------------------------------------------
 
     @property
@@ -276,8 +305,7 @@ class IMSMModel(PeftModelForCausalLM):
         gate = call.gate if call.gate is not None else self._constant_gate(shape)
         if isinstance(output, tuple):
             return (*output, gate)
-        output["gate"] = gate
-        return output
+        return with_entries(output, gate=gate)
 
     @contextmanager
     def _rehearsing(self, call: Call, rehearse: Rehearse | None) -> Iterator[None]:
@@ -419,11 +447,24 @@ class IMSMModel(PeftModelForCausalLM):
         saving.save(self, save_directory, super().save_pretrained, **kwargs)
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's `load_adapter`; gate and guard saved beside the adapter are loaded with it."""
+        """PEFT's `load_adapter`; for the active adapter, gate and guard saved beside it are loaded with it."""
         result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
-        saving.load_gate_if_present(self, model_id)
-        saving.load_guard_if_present(self, model_id)
+        if adapter_name in self.active_adapters:
+            saving.load_gate_if_present(self, model_id)
+            saving.load_guard_if_present(self, model_id)
         return result
+
+    def create_or_update_model_card(self, output_dir: str) -> None:
+        """PEFT's model card, with what this model is and how it is loaded."""
+        super().create_or_update_model_card(output_dir)
+        card.write(output_dir)
+
+    def _upload_modified_files(self, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        """The last step of `push_to_hub`, which has put a card of transformers' in the place of this model's."""
+        tags = card.tags_in(working_dir)
+        super().create_or_update_model_card(str(working_dir))
+        card.write(working_dir, repo_id, tags)
+        return super()._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
     @classmethod
     def from_pretrained(  # type: ignore[override]

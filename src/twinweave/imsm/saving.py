@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -52,7 +53,8 @@ def save(model: "IMSMModel", path: str | os.PathLike[str], save_adapter: Callabl
                 "imsm": settings,
                 "base": {
                     "name_or_path": base.config._name_or_path or None,
-                    "revision": getattr(base.config, "_commit_hash", None),
+                    # transformers keeps no trace of it from 5.23 on; PEFT's configurations have a place for it
+                    "revision": getattr(base.config, "_commit_hash", None) or model.active_peft_config.revision,
                     "fingerprint": model.base_fingerprint.to_dict(),
                 },
             },
@@ -88,9 +90,11 @@ def load(
     base_kwargs: dict[str, Any],
 ) -> "IMSMModel":
     """See `IMSMModel.from_pretrained`."""
-    folder = _local_folder(path, revision)
+    folder = local_folder(path, revision)
     settings = _read_settings(folder)
-    _check_adapter_files(folder)
+    check_adapter_files(folder)
+    if not (folder / GATE_NAME).is_file():
+        raise DamagedFileError(f"{folder} has no {GATE_NAME}. Save the model again.")
     recorded = settings["base"]
     if base is None or isinstance(base, str):
         name = base or recorded["name_or_path"]
@@ -107,13 +111,9 @@ def load(
         )
 
     check_base(base)
-    differences = BaseFingerprint(**recorded["fingerprint"]).differences(fingerprint(base))
-    if differences and not allow_base_mismatch:  # before the base is wrapped, so that it stays as it was
-        raise BaseMismatchError(
-            f"{folder} was made for another base ({recorded['name_or_path']}): what differs is "
-            f"{'; '.join(differences)}. Load that base, or pass allow_base_mismatch=True to go on all the same."
-        )
-    peft_config = _read_adapter_config(folder)
+    if not allow_base_mismatch:  # before the base is wrapped, so that it stays as it was
+        check_recorded_base(folder, fingerprint(base), ", or pass allow_base_mismatch=True to go on all the same")
+    peft_config = read_adapter_config(folder)
     peft_config.inference_mode = not is_trainable
     model = cls(base, peft_config, IMSMConfig.from_dict(settings["imsm"]))
     try:
@@ -160,12 +160,29 @@ def load_guard_if_present(model: "IMSMModel", path: Any) -> None:
     model.guard = guard.to(model.get_output_embeddings().weight.device)
 
 
-def _local_folder(path: str | os.PathLike[str], revision: str | None) -> Path:
+def check_recorded_base(folder: Path, found: BaseFingerprint, otherwise: str = "") -> None:
+    """Raise BaseMismatchError unless the model saved in `folder` was made for the base with that fingerprint."""
+    recorded = _read_settings(folder)["base"]
+    if differences := BaseFingerprint(**recorded["fingerprint"]).differences(found):
+        raise BaseMismatchError(
+            f"{folder} was made for another base ({recorded['name_or_path']}): what differs is "
+            f"{'; '.join(differences)}. Load that base{otherwise}."
+        )
+
+
+def local_folder(path: str | os.PathLike[str], revision: str | None) -> Path:
+    """The folder itself, or what a hub name stands for at that revision. Raises DamagedFileError for neither."""
     folder = Path(path)
     if folder.is_dir():
         return folder
     if isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        try:
+            return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            raise DamagedFileError(
+                f"{path}, revision {revision or 'main'}, is no folder here and cannot be had from the hub "
+                f"({' '.join(str(error).split()):.200}). Check the name and the revision."
+            ) from error
     raise DamagedFileError(f"There is no folder {folder}. Pass a folder written by save_pretrained, or a hub name.")
 
 
@@ -176,7 +193,8 @@ def _load_base(name: str, base_kwargs: dict[str, Any]) -> PreTrainedModel:
         raise UnsupportedModelError(f"The base model {name} cannot be loaded ({error}). Pass base=MODEL.") from error
 
 
-def _read_adapter_config(folder: Path) -> PeftConfig:
+def read_adapter_config(folder: Path) -> PeftConfig:
+    """PEFT's own configuration of a saved adapter. Raises DamagedFileError for one that cannot be read."""
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError) as error:
@@ -202,7 +220,8 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _check_adapter_files(folder: Path) -> None:
+def check_adapter_files(folder: Path) -> None:
+    """Raise DamagedFileError unless `folder` holds a whole adapter of PEFT's, as safetensors."""
     if not (folder / ADAPTER_CONFIG_NAME).is_file():
         raise DamagedFileError(f"{folder} has no {ADAPTER_CONFIG_NAME}. Save the model again.")
     if not (folder / ADAPTER_NAME).is_file() and (folder / "adapter_model.bin").is_file():
@@ -211,5 +230,3 @@ def _check_adapter_files(folder: Path) -> None:
             "Convert it to safetensors where you trust it."
         )
     read_safetensors(folder / ADAPTER_NAME)
-    if not (folder / GATE_NAME).is_file():
-        raise DamagedFileError(f"{folder} has no {GATE_NAME}. Save the model again.")

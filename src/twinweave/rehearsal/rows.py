@@ -15,6 +15,7 @@ import numpy
 from torch import Tensor
 
 from ..data.collator import IGNORED_LABEL
+from ..processes import process_count, process_index
 from .settings import RehearsalSettings
 
 _BATCHES_TO_SORT = 16
@@ -61,13 +62,21 @@ class RehearsalRows:
 
     def batch(self, step: int, seed: int) -> dict[str, Tensor] | None:
         """What is rehearsed at a training step: `input_ids`, `attention_mask`, `labels` and `query_mask`, all [B, T];
-        None at steps without rehearsal. It depends on the step and the seed alone, so that training can be resumed."""
+        None at steps without rehearsal. It depends on the step and the seed alone, so that training can be resumed;
+        each of a run's processes has its own part of what one process with as many rows a step would have."""
         if step % self.settings.every or not len(self.rows):
             return None
-        size = min(self.batch_size, len(self.rows))
-        numbers = range(step // self.settings.every * size, (step // self.settings.every + 1) * size)
-        rounds = [divmod(number, len(self.rows)) for number in numbers]
+        whole = self._rows_of_a_step
+        part = whole // process_count()
+        first = step // self.settings.every * whole + process_index() * part
+        rounds = [divmod(number, len(self.rows)) for number in range(first, first + part)]
         return self.collator([self.rows[int(self._order(seed, again)[place])] for again, place in rounds])
+
+    @property
+    def _rows_of_a_step(self) -> int:
+        """In all processes together; not more than there are, unless there are fewer than processes."""
+        processes = process_count()
+        return processes * min(self.batch_size, max(1, len(self.rows) // processes))
 
     def _order(self, seed: int, again: int) -> numpy.ndarray:
         """The order of the rows in one round: by chance, with neighbours of about the same length, since what a batch
@@ -75,7 +84,7 @@ class RehearsalRows:
         if (seed, again) in self._orders:
             return self._orders[seed, again]
         random = numpy.random.default_rng((seed, again))
-        order, size = random.permutation(len(self.rows)), min(self.batch_size, len(self.rows))
+        order, size = random.permutation(len(self.rows)), self._rows_of_a_step
         batches: list[numpy.ndarray] = []
         for start in range(0, len(order), _BATCHES_TO_SORT * size):
             some = order[start : start + _BATCHES_TO_SORT * size]

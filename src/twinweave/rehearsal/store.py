@@ -14,20 +14,22 @@ from safetensors.torch import save_file
 
 from ..errors import DamagedFileError
 from ..files import atomic_files_into, read_safetensors
+from ..processes import is_first, wait_for
 from .rows import Written
 
 NAME = "self_written.safetensors"
 
 
 def load_sequences(folder: Path, identity: dict[str, object], write: Callable[[], list[Written]]) -> list[Written]:
-    """The sequences of `folder`, made by `write` if they are not there yet.
+    """The sequences of `folder`, made by `write` (in the first of a run's processes) if they are not there yet.
 
     `identity`: what they depend on (base, tokenizer, settings), as plain values. Raises DamagedFileError when the
     folder holds those of something else, or a damaged file.
     """
     file = folder / NAME
-    if not file.is_file():
+    if not file.is_file() and is_first():
         _save(folder, identity, write())
+    wait_for(file)
     tensors = read_safetensors(file)
     try:
         with safe_open(file, "pt") as opened:

@@ -14,6 +14,7 @@ from torch.nn.functional import kl_div
 
 from ..errors import RecipeError
 from ..imsm.labels import IGNORED, FrozenStates
+from ..processes import mean_over_processes
 from .rows import RehearsalRows
 
 _TINY = torch.finfo(torch.float32).tiny  # so that the logarithm's gradient stays finite
@@ -53,17 +54,19 @@ def gate_rehearsal(model: PeftModel, materials: Materials) -> Term | None:
     if general is None:
         return None
     settings = general.settings
+    adapter_weight = settings.adapter_weight if getattr(model, "trains_adapter", True) else 0.0
 
     def term(model: Any, inputs: Batch, outputs: Any, step: int) -> Tensor | None:
         batch = on_device_of(inputs, general.batch(step, materials.seed))
         if batch is None:
             return None
         frozen = materials.frozen(batch) if materials.frozen is not None else None
-        rehearse = "both" if settings.adapter_weight else "gate"
+        rehearse = "both" if adapter_weight else "gate"
         out = model(**batch, frozen=frozen, use_cache=False, rehearse=rehearse, output_gate=True)
         loss: Tensor = settings.weight * out.divergences[0]
-        if settings.adapter_weight:
-            loss = loss + settings.adapter_weight * out.divergences[1]
+        if adapter_weight:
+            loss = loss + adapter_weight * out.divergences[1]
+        loss = mean_over_processes(loss, out.logits.shape[1])
         told = settings.gate_weight * max(0.0, 1 - step / materials.steps)
         if told:
             loss = loss + told * (_surprise(out.gate) + _surprise(1 - _gate_at_labels(inputs, outputs)))
@@ -74,7 +77,7 @@ def gate_rehearsal(model: PeftModel, materials: Materials) -> Term | None:
 
 def _surprise(share: Tensor) -> Tensor:
     """-log of a memory's share, the mean over places and channels."""
-    return -share.clamp_min(_TINY).log().mean()
+    return mean_over_processes(-share.clamp_min(_TINY).log().mean(), share.numel())
 
 
 def _gate_at_labels(inputs: Batch, outputs: Any) -> Tensor:
@@ -88,7 +91,8 @@ def _gate_at_labels(inputs: Batch, outputs: Any) -> Tensor:
 def divergence(base: Tensor, other: Tensor) -> Tensor:
     """KL(base ‖ other) of next-token distributions in nats per position, from logits [N, V]; no gradient to `base`."""
     log_base = base.detach().float().log_softmax(-1)
-    return kl_div(other.float().log_softmax(-1), log_base, log_target=True, reduction="sum") / max(len(base), 1)
+    total = kl_div(other.float().log_softmax(-1), log_base, log_target=True, reduction="sum")
+    return mean_over_processes(total / max(len(base), 1), len(base))
 
 
 def on_device_of(inputs: Batch, batch: dict[str, Tensor] | None) -> dict[str, Tensor] | None:

@@ -1,6 +1,7 @@
 """Loading the base model and its tokenizer as a recipe asks for them. Knows nothing about methods or tasks."""
 
 import gc
+import os
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,10 @@ def load_window(section: BaseSection) -> int:
 
 
 def default_device() -> torch.device:
-    """The accelerator, or the CPU where there is none."""
+    """The accelerator (that of this process, where several share a machine), or the CPU where there is none."""
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if accelerator is not None and (local := os.environ.get("LOCAL_RANK")):
+        return torch.device(accelerator.type, int(local) % torch.accelerator.device_count())
     return accelerator or torch.device("cpu")
 
 

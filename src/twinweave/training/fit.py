@@ -7,6 +7,7 @@ goes on from its last whole checkpoint.
 import contextlib
 import json
 import math
+import os
 import resource
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -20,14 +21,16 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+from transformers.integrations import is_deepspeed_available
 
 from ..data import CompletionCollator, TrainingData
-from ..errors import RecipeError
+from ..errors import RecipeError, TrainingError
 from ..files import atomic_directory, write_json_atomic
 from ..imsm import DomainGuard, GuardSettings, IMSMModel, fit_guard
 from ..imsm.labels import FrozenStates
 from ..imsm.saving import write_guard
 from ..methods import Method
+from ..processes import is_first, process_count, wait_for
 from ..progress import track
 from ..rehearsal import Materials, RehearsalRows, Term
 from . import checkpoints
@@ -85,7 +88,10 @@ def fit(
     set_seed(seed)
     base = load_base(recipe.base)
     materials = Materials(seed, steps, multiple("term"), rehearsal)
-    model = method.build(base, recipe.peft_config(steps), recipe.imsm_config(), materials)
+    model = method.build(base, recipe.adapter(steps), recipe.imsm_config(), materials)
+    trainable = model.get_nb_trainable_parameters()[0]  # of the whole model, which may be spread over processes later
+    if not trainable:
+        return _as_it_is(model, folder)
     arguments, collator = _arguments(section, seed, steps, folder, data), CompletionCollator(tokenizer)
     stores = partial(frozen_store_for, section, model, tokenizer=tokenizer, arguments=arguments, collator=collator)
     own_frozen_folder = folder / "frozen"
@@ -105,27 +111,46 @@ def fit(
             else {}
         ),
     )
+    guard = None
+    if isinstance(model, IMSMModel) and method.guarded and recipe.guard is not None and is_first():
+        # before the training, which may spread the base over processes; it depends on the base and the rows alone
+        guard = _fitted_guard(model, data, collator, section.batch_size, recipe.guard)
+        model.guard = None
     _reset_peak_memory()
     trainer.train_or_resume()
-    guard = None
-    if isinstance(model, IMSMModel) and method.guarded and recipe.guard is not None:
-        guard = _fitted_guard(model, data, collator, section.batch_size, recipe.guard)
-    with trainer.writing("the trained model"):
-        model.save_pretrained(str(folder / "last"))
-        _copy_model(trainer.best_checkpoint(), folder / "best", guard)
+    state = trainer.gathered_state()
     training = Training(
         train_seconds=trainer.seconds,
-        tokens_per_second=trainer.tokens / trainer.seconds,
+        tokens_per_second=trainer.tokens_of_all() / trainer.seconds,
         peak_memory_bytes=_peak_memory(),
-        trainable_parameters=model.get_nb_trainable_parameters()[0],
+        trainable_parameters=trainable,
         **_losses(trainer),
     )
-    write_json_atomic(finished, asdict(training))
-    checkpoints.clear(folder)
-    if frozen_folder is None:
-        remove_store(own_frozen_folder, decision=True)
+    if is_first():
+        with trainer.writing("the trained model"):
+            model.save_pretrained(str(folder / "last"), state_dict=state)
+            if guard is not None:
+                write_guard(guard, folder / "last")
+            _copy_model(trainer.best_checkpoint(), folder / "best", guard)
+        write_json_atomic(finished, asdict(training))
+        checkpoints.clear(folder)
+        if frozen_folder is None:
+            remove_store(own_frozen_folder, decision=True)
+    wait_for(finished)
     del trainer, model, base
     free_memory()
+    return training
+
+
+def _as_it_is(model: PeftModel, folder: Path) -> Training:
+    """An adapter that is left as it was found."""
+    nothing: dict[str, list[list[float]]] = {"train": [], "validation": []}
+    training = Training(0.0, 0.0, _peak_memory(), 0, 0, 0, None, None, nothing)
+    if is_first():
+        for name in ("best", "last"):
+            model.save_pretrained(str(folder / name))
+        write_json_atomic(folder / FINISHED, asdict(training))
+    wait_for(folder / FINISHED)
     return training
 
 
@@ -180,7 +205,7 @@ def total_steps(section: TrainingSection, rows: int) -> int:
     """How many optimizer steps the recipe asks for on so many training rows."""
     if section.max_steps is not None:
         return section.max_steps
-    per_epoch = math.ceil(math.ceil(rows / section.batch_size) / section.gradient_accumulation)
+    per_epoch = math.ceil(math.ceil(rows / (section.batch_size * process_count())) / section.gradient_accumulation)
     return math.ceil(per_epoch * section.epochs)
 
 
@@ -188,6 +213,9 @@ def _arguments(section: TrainingSection, seed: int, steps: int, folder: Path, da
     by_epoch = section.evaluate_every == "epoch"
     interval = {} if by_epoch else {"eval_steps": section.evaluate_every, "save_steps": section.evaluate_every}
     strategy = "epoch" if by_epoch else "steps"
+    wants_deepspeed = section.deepspeed is not None or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    if wants_deepspeed and not is_deepspeed_available():
+        raise TrainingError("DeepSpeed is asked for and is not installed here. Install it: pip install deepspeed")
     try:
         return TrainingArguments(
             output_dir=str(folder),
@@ -212,6 +240,7 @@ def _arguments(section: TrainingSection, seed: int, steps: int, folder: Path, da
             greater_is_better=False,
             prediction_loss_only=True,
             logging_steps=section.log_every,
+            deepspeed=section.deepspeed,
             report_to=section.report_to or "none",
             remove_unused_columns=False,
             label_names=["labels"],

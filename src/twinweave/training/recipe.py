@@ -3,6 +3,7 @@
 Knows nothing about how any of it is carried out. Paths are relative to the folder the command is run in.
 """
 
+import json
 import math
 import os
 import re
@@ -26,7 +27,8 @@ from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 from ..errors import RecipeError, unknown_name
 from ..evaluation import Task, resolve_task
 from ..imsm import GuardSettings, IMSMConfig
-from ..methods import Method, get_method, knobs
+from ..imsm.saving import check_adapter_files, local_folder, read_adapter_config
+from ..methods import Adapter, Method, SavedAdapter, check_saved, get_method, knobs
 from ..rehearsal import RehearsalSettings
 
 
@@ -98,6 +100,9 @@ class TrainingSection(_Section):
     A folder: kept there, and used again by other runs on the same rows."""
     evaluate_every: Literal["epoch"] | int = "epoch"
     """Validation and a checkpoint after each epoch, or after so many steps."""
+    deepspeed: str | None = None
+    """A DeepSpeed configuration (JSON), as transformers' TrainingArguments take it; the run is to be started by
+    `accelerate launch` or `deepspeed` then."""
     log_every: int = Field(10, ge=1)
     report_to: list[str] = []
 
@@ -115,6 +120,16 @@ class TrainingSection(_Section):
             return "off"
         if not isinstance(value, str) or not value.strip():
             raise ValueError("must be 'auto', 'off' or a folder")
+        return value
+
+    @field_validator("deepspeed")
+    @classmethod
+    def _readable_deepspeed(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                json.loads(Path(value).read_text(encoding="utf-8"))
+            except (OSError, ValueError) as error:
+                raise RecipeError(f"training.deepspeed: {value} is no readable JSON file ({error}).") from error
         return value
 
     @field_validator("optimizer")
@@ -166,7 +181,8 @@ class Recipe(_Section):
     """What `compare` compares."""
     seeds: list[int] = [0, 1, 2]
     peft: dict[str, Any] = {"type": "lora", "r": 16, "lora_alpha": 16, "target_modules": "all-linear"}
-    """`type` (lora, adalora, ia3, oft, …) and the fields of that PEFT configuration."""
+    """`type` (lora, adalora, ia3, oft, …) and the fields of that PEFT configuration; or `path`, the folder of a trained
+    adapter to go on from, and `train` (true): whether it learns more, or only IMSM's gate does."""
     imsm: dict[str, Any] = {}
     rehearsal: RehearsalSettings | None = RehearsalSettings()
     """What the base writes itself and IMSM's gate rehearses; `null`: nothing, as published."""
@@ -230,7 +246,11 @@ class Recipe(_Section):
             if len(set(values)) != len(values) or not all(math.isfinite(value) for value in values):
                 raise RecipeError(f"sweeps.{knob}: {values} must be a list of different finite numbers.")
         self.imsm_config()
-        self.peft_config()
+        if (saved := self.saved_adapter) is None:
+            self.peft_config()
+        else:
+            for name in (self.method, *self.methods):
+                check_saved(get_method(name), saved)
         return self
 
     @property
@@ -252,17 +272,44 @@ class Recipe(_Section):
     @property
     def peft_type(self) -> str:
         """The adapter's type in lower case."""
+        if "path" in self.peft:
+            kind = self.peft_config().peft_type
+            return str(getattr(kind, "value", kind)).lower()
         return str(self.peft.get("type", "lora")).lower()
 
     def imsm_config(self) -> IMSMConfig:
         """The gate's settings."""
         return IMSMConfig.from_dict(self.imsm)
 
-    def peft_config(self, steps: int = 10**9) -> PeftConfig:
-        """A fresh PEFT configuration (PEFT changes the one it is given) for a training of so many steps.
+    @property
+    def saved_adapter(self) -> SavedAdapter | None:
+        """The adapter to go on from, if the recipe names one; it is not read. Raises RecipeError."""
+        if "path" not in self.peft:
+            return None
+        path, train = self.peft["path"], self.peft.get("train", True)
+        if extra := sorted(self.peft.keys() - {"path", "train"}):
+            raise RecipeError(f"peft.{extra[0]}: beside peft.path there is peft.train only; its folder says the rest.")
+        if not isinstance(path, str) or not isinstance(train, bool):
+            raise RecipeError(f"peft: path={path!r} must be a folder or hub name, and train={train!r} true or false.")
+        return SavedAdapter(path, train)
 
-        Only AdaLoRA has to know them: it prunes ranks from 10 % to 70 % of them, unless the recipe says otherwise.
+    def adapter(self, steps: int = 10**9) -> Adapter:
+        """What a method's `build` wants to know of the adapter. Raises what `peft_config` raises."""
+        saved, config = self.saved_adapter, self.peft_config(steps)
+        if saved is not None and saved.train and isinstance(config, AdaLoraConfig):
+            raise RecipeError("peft.train: the ranks of a trained AdaLoRA adapter are settled; set peft.train=false.")
+        return saved or config
+
+    def peft_config(self, steps: int = 10**9) -> PeftConfig:
+        """A fresh PEFT configuration (PEFT changes the one it is given) for a training of so many steps, or that of the
+        adapter in `path`. Raises RecipeError, and DamagedFileError for a path without a whole adapter.
+
+        Only AdaLoRA has to know the steps: it prunes ranks from 10 % to 70 % of them, unless the recipe says otherwise.
         """
+        if (saved := self.saved_adapter) is not None:
+            folder = local_folder(saved.path, None)
+            check_adapter_files(folder)
+            return read_adapter_config(folder)
         kinds = {kind.lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
         if self.peft_type not in kinds:
             raise RecipeError(unknown_name("PEFT type", self.peft_type, kinds))
@@ -272,7 +319,7 @@ class Recipe(_Section):
         for key in settings:
             if key not in known:
                 raise RecipeError(unknown_name(f"setting of PEFT type {self.peft_type}:", key, known))
-        settings.setdefault("task_type", "CAUSAL_LM")
+        settings = {"task_type": "CAUSAL_LM", "revision": self.base.revision} | settings
         if kind is AdaLoraConfig:
             steps = settings.get("total_step") or steps
             settings = {"tinit": round(0.1 * steps), "tfinal": round(0.3 * steps), "total_step": steps} | settings

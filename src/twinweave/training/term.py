@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from ..imsm import IMSMModel
@@ -33,7 +34,9 @@ class TermTrainer(Trainer):
             inputs = {**inputs, "output_gate": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         if asked and self._term is not None:
-            term = self._term(model, inputs, outputs, self.state.global_step)
+            # DDP takes what one of its forwards leaves out for unused; its module is the same model without that
+            runnable = model.module if isinstance(model, DistributedDataParallel) else model
+            term = self._term(runnable, inputs, outputs, self.state.global_step)
             if term is not None:
                 self._terms_since_log.append(term.detach())
                 scaled = num_items_in_batch is not None and self.model_accepts_loss_kwargs
@@ -43,6 +46,7 @@ class TermTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """As in transformers, with the mean of the method's own term since the last log."""
         if self._terms_since_log and "loss" in logs:
-            logs["term"] = torch.stack(self._terms_since_log).mean().item()
+            own = torch.stack(self._terms_since_log).mean()
+            logs["term"] = self.accelerator.reduce(own, reduction="mean").item()
             self._terms_since_log.clear()
         super().log(logs, *args, **kwargs)

@@ -65,7 +65,8 @@ class TwinweaveTrainer(TermTrainer):
         self._bar = ProgressBarCallback()
         self.add_callback(self._bar)
         self.add_callback(LogAtCheckpointsCallback())
-        if isinstance(getattr(self.model, "base_model", None), AdaLoraModel):
+        learns = getattr(self.model, "trains_adapter", True)
+        if learns and isinstance(getattr(self.model, "base_model", None), AdaLoraModel):
             self.add_callback(AdaLoraCallback())
         self.seconds = 0.0
         self.tokens = 0
@@ -94,6 +95,16 @@ class TwinweaveTrainer(TermTrainer):
         done = checkpoints.complete_checkpoints(self.run_folder)
         best = [p for p in done if p.name == f"checkpoint-{self.state.best_global_step}"]
         return (best or done)[-1]
+
+    def tokens_of_all(self) -> int:
+        """`tokens` of all processes together; to be asked in each of them."""
+        counted = torch.tensor(self.tokens, device=self.args.device)
+        return int(self.accelerator.reduce(counted))
+
+    def gathered_state(self) -> dict[str, Tensor] | None:
+        """The model's weights put together from all processes, for `save_pretrained`; None where each has them whole.
+        To be asked in each process; the first one gets them."""
+        return self.accelerator.get_state_dict(self.model_wrapped) if self._is_sharded else None
 
     @contextmanager
     def writing(self, what: str) -> Iterator[None]:
@@ -124,6 +135,7 @@ class TwinweaveTrainer(TermTrainer):
                 group["params"] = [p for p in group["params"] if id(p) not in ids]
             if own:
                 optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": self.args.weight_decay})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
         return optimizer
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
