@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import LoraConfig, PrefixTuningConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -102,14 +102,6 @@ def test_adapters_that_change_the_base_or_what_both_memories_share(changes, word
     base = make_base()
     with pytest.raises(UnsupportedModelError, match=words):
         get_imsm_model(base, make_peft(**changes))
-    still_usable(base, make_base, make_peft, ids)
-
-
-@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
-def test_adapters_that_add_virtual_tokens(config, make_base, make_peft, ids):
-    base = make_base()
-    with pytest.raises(UnsupportedModelError, match="virtual tokens"):
-        get_imsm_model(base, config(task_type="CAUSAL_LM", num_virtual_tokens=4))
     still_usable(base, make_base, make_peft, ids)
 
 

@@ -126,7 +126,7 @@ class StackedCache(TwinCache):
 
 def pair(cache: Cache, original: Cache) -> PairedCache:
     """Turn `cache` (the enhanced memory's) into a PairedCache that carries `original`. The same object is returned."""
-    twin = cast(PairedCache, _become(cache, PairedCache))
+    twin = cast(PairedCache, become(cache, PairedCache))
     twin.original, twin.query = original, None
     return twin
 
@@ -139,7 +139,7 @@ def pair_with_empty_copy(cache: Cache) -> PairedCache:
 
 def stack(cache: Cache, trunk: int, rows: int) -> StackedCache:
     """Turn `cache`, in which both memories of `rows` rows are or will be, into a StackedCache. The same object."""
-    twin = cast(StackedCache, _become(cache, StackedCache))
+    twin = cast(StackedCache, become(cache, StackedCache))
     twin.trunk, twin.rows, twin.query = trunk, rows, None
     return twin
 
@@ -154,7 +154,8 @@ def is_allocated(cache: Cache) -> bool:
     return any(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", ()))
 
 
-def _become(cache: Cache, form: type[TwinCache]) -> TwinCache:
+def become(cache: Cache, form: type[TwinCache]) -> TwinCache:
+    """Give `cache` the operations of `form`. The same object is returned."""
     cache.__class__ = _class_of(form, type(cache))  # type: ignore[arg-type]
     return cast(TwinCache, cache)
 

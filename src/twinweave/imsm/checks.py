@@ -5,7 +5,7 @@ Knows nothing about how the memories are woven.
 
 from typing import Any
 
-from peft import PeftConfig, TaskType
+from peft import PeftConfig, PeftType, TaskType
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -39,11 +39,11 @@ def check_base(base: Any) -> None:
 
 
 def check_adapter(peft_config: PeftConfig) -> None:
-    """Raise UnsupportedModelError for adapters that change the sequence or the base's own weights."""
-    if peft_config.is_prompt_learning:
+    """Raise UnsupportedModelError for adapters that change the base's own weights, or need a run of it to start."""
+    if peft_config.peft_type == PeftType.XLORA:
         raise UnsupportedModelError(
-            f"{_name_of(peft_config)} adds virtual tokens to the sequence, which the twin does not support yet. "
-            "Use an adapter inside the layers (LoRA, DoRA, IA3, AdaLoRA, OFT, …)."
+            "XLORA runs the whole model twice, once to choose among finished adapters, and refuses a cache, so it "
+            "cannot be one of two memories. Use one of its adapters, or train a new one."
         )
     if peft_config.task_type != TaskType.CAUSAL_LM:
         raise UnsupportedModelError(
@@ -62,6 +62,15 @@ def check_adapter(peft_config: PeftConfig) -> None:
         )
 
 
+def refuse_virtual_tokens(peft_config: PeftConfig) -> None:
+    """Raise UnsupportedModelError for prompt learning: plain PEFT's logits have columns for virtual tokens."""
+    if peft_config.is_prompt_learning:
+        raise UnsupportedModelError(
+            f"{_name_of(peft_config)} adds virtual tokens to the sequence, which only the IMSM methods can be trained "
+            "with here. Use one of those, or an adapter inside the layers (LoRA, DoRA, IA3, AdaLoRA, OFT, …)."
+        )
+
+
 def adapted_behind(decoder: nn.Module, base: nn.Module) -> list[str]:
     """The names of adapted layers outside the decoder: they would read the woven state, and neither memory could be
     had alone."""
@@ -73,8 +82,8 @@ def take_adapter_out(base: nn.Module) -> None:
     """Put the base's own layers back where adapted ones are."""
     for name, module in list(base.named_modules()):
         if module in adapter_layers(base):
-            own = module.original_module if hasattr(module, "original_module") else module.base_layer
-            base.set_submodule(name, own)
+            names = ("original_module", "base_layer", "model")
+            base.set_submodule(name, next(getattr(module, n) for n in names if hasattr(module, n)))
 
 
 def misfit(base: PreTrainedModel, peft_config: PeftConfig, error: Exception) -> UnsupportedModelError:

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftConfig, PeftModelForCausalLM, TaskType
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 
@@ -34,7 +35,9 @@ from .labels import (
     trim,
     weave_at_labels,
 )
+from .switches import follow_labels, make_switchable
 from .twin import Plan, Twin
+from .virtual import PromptedCache, PromptedTwin
 from .weave import Call, weave, with_last_hidden_state
 
 Memory = Literal["original", "enhanced", "interwoven"]
@@ -63,6 +66,8 @@ def get_imsm_model(
         return IMSMModel(base, peft_config, imsm_config or IMSMConfig(), adapter_name, **peft_kwargs)
     except (ValueError, TypeError) as error:
         take_adapter_out(base)  # PEFT may have come to some layers already
+        if "gradient checkpointing" in str(error):
+            raise UnsupportedModelError(f"{error} Train without it, or use another adapter.") from error
         if "arget module" not in str(error) and "target_modules" not in str(error):
             raise
         raise misfit(base, peft_config, error) from error
@@ -103,33 +108,48 @@ class IMSMModel(PeftModelForCausalLM):
         width = getattr(head, "in_features", None) or head.weight.shape[-1]
         self.gate = MemoryGate(width, imsm_config).to(head.weight.device)
         self.register_module("guard", None)
-        self._twin = Twin(decoder)
         self._memory: Memory = "interwoven"
         self._call = Call()
+        self._twin = self._twin_of(decoder)
+        follow_labels(self.base_model, self)
         self._hooks = (
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
         )
 
+    def _twin_of(self, decoder: torch.nn.Module, plan: Plan = "auto") -> Twin:
+        if self._is_prompt_learning:
+            return PromptedTwin(self, decoder, plan)
+        make_switchable(decoder)
+        return Twin(decoder, plan)
+
     # --- the weave ----------------------------------------------------------------------------------------------
 
-    def _before_decoder(self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_decoder(self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._twin.idle()
+        cache, prompted = kwargs.get("past_key_values"), self._prompted()
         if self._call.places is not None:
             self._prepare_labels(self._call, self._call.places, args, kwargs)
             if self._call.without_graph:
                 torch.set_grad_enabled(False)  # until the decoder's end
         elif self._memory == "interwoven":
             self._twin.begin(args, kwargs)
-        elif isinstance(kwargs.get("past_key_values"), TwinCache):
+        elif isinstance(cache, TwinCache) and not (prompted and isinstance(cache, PromptedCache)):
             raise UsageError(
                 f"This cache holds both memories and cannot be continued with use_memory('{self._memory}'). "
                 "Start that memory with a cache of its own."
             )
+        return prompted.enter(args, kwargs, self._call.task_ids, self._memory == "enhanced") if prompted else None
+
+    def _prompted(self) -> PromptedTwin | None:
+        """The twin, where the decoder's own run has virtual tokens in it."""
+        return self._twin if isinstance(self._twin, PromptedTwin) and self._memory != "original" else None
 
     def _after_decoder(
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
+        if prompted := self._prompted():
+            args, (kwargs, output) = (), prompted.leave(output)
         if self._call.places is not None:
             if self._call.without_graph:
                 torch.set_grad_enabled(True)
@@ -244,6 +264,8 @@ class IMSMModel(PeftModelForCausalLM):
             )
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         call = Call(attention_mask=mask, query_mask=query_mask, labels=labels, keep_gate=output_gate, frozen=frozen)
+        if self._is_prompt_learning:
+            call.task_ids = kwargs.pop("task_ids", None)
         if logits_at_labels or rehearse:
             call.places = _places(source, labels, mask, query_mask, kwargs.get("past_key_values"))
             labels = call.places.targets if not rehearse else None
@@ -252,7 +274,7 @@ class IMSMModel(PeftModelForCausalLM):
         elif frozen is not None:
             raise UsageError("frozen holds states at label positions: it goes with logits_at_labels=True.")
         with self._calling(call), self._rehearsing(call, rehearse):
-            output = super().forward(
+            output = self._forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
@@ -271,6 +293,10 @@ class IMSMModel(PeftModelForCausalLM):
             return (*output, gate)
         output["gate"] = gate
         return output
+
+    def _forward(self, **kwargs: Any) -> Any:
+        """PEFT's forward. Where it would add virtual tokens it is passed by: they are added at the decoder."""
+        return self.base_model(**kwargs) if self._is_prompt_learning else super().forward(**kwargs)
 
     @contextmanager
     def _rehearsing(self, call: Call, rehearse: Rehearse | None) -> Iterator[None]:
@@ -311,7 +337,7 @@ class IMSMModel(PeftModelForCausalLM):
         places = _places(input_ids, labels, attention_mask, query_mask)
         call = Call(places=places, only_frozen=True)
         with self.use_memory("original"), dropout_off(self), self._calling(call):
-            super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            self._forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         assert call.frozen is not None
         return call.frozen
 
@@ -335,8 +361,11 @@ class IMSMModel(PeftModelForCausalLM):
                     f"query_mask is {list(query_mask.shape)}; the prompt, with what is in the cache, is "
                     f"{[prompt.shape[0], call.prompt_columns]}. Give it that shape."
                 )
+        if self._is_prompt_learning:
+            call.task_ids = kwargs.pop("task_ids", None)
         with self._calling(call):
-            return super().generate(*args, **kwargs)
+            own: Any = self.base_model if self._is_prompt_learning else super()
+            return own.generate(*args, **kwargs)
 
     def _mask_of_prompt(self, prompt: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """The attention mask that transformers would infer (padding known, never an EOS), made visible to the gate."""
@@ -368,11 +397,14 @@ class IMSMModel(PeftModelForCausalLM):
     @contextmanager
     def _changing_adapters(self) -> Iterator[None]:
         """The twin knows the adapted layers by heart."""
+        if "_twin" not in self.__dict__:  # PEFT's constructor adds the first adapter of prompt learning
+            yield
+            return
         self._twin.remove()
         try:
             yield
         finally:
-            self._twin = Twin(self._twin.decoder, self._twin.plan)
+            self._twin = self._twin_of(self._twin.decoder, self._twin.plan)
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's `add_adapter`."""
@@ -384,13 +416,27 @@ class IMSMModel(PeftModelForCausalLM):
         with self._changing_adapters():
             super().delete_adapter(adapter_name)
 
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's `set_adapter`."""
+        with self._changing_adapters():
+            super().set_adapter(*args, **kwargs)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """PEFT's `disable_adapter`: within the block, the base."""
+        with self.use_memory("original"):
+            yield
+
     def unload(self) -> PreTrainedModel:
         """The base model alone again, without adapter, gate and weave; this model is of no use afterwards."""
         self._twin.remove()
         for hook in self._hooks:
             hook.remove()
-        tuner: Any = self.base_model
-        return tuner.unload()
+        base: Any = self.get_base_model()
+        if isinstance(self.base_model, BaseTuner):
+            return self.base_model.unload()
+        take_adapter_out(base)
+        return base
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: it would change the base's weights, and the gate chooses anew at every token."""
