@@ -36,6 +36,7 @@ class Subject:
     imsm: dict[str, Any] = field(default_factory=lambda: {"gate_rank": 3})
     prepare: Callable[[PeftModelForCausalLM], None] = lambda model: None
     _pristine: PreTrainedModel | None = None
+    _moved: IMSMModel | None = None
 
     def base(self, **changes: Any) -> PreTrainedModel:
         """A fresh base without gradients: matmul may take another kernel for weights that require one."""
@@ -55,6 +56,13 @@ class Subject:
         if moved:
             move_trainable(model)
         return model.eval()
+
+    def moved(self) -> IMSMModel:
+        """The moved twin, made once, for checks that change nothing but its plan, its retention and its guard."""
+        if self._moved is None:
+            self._moved = self.twin()
+        self._moved.plan, self._moved.retention, self._moved.guard = "auto", 0.0, None
+        return self._moved
 
     def plain(self, like: IMSMModel | None = None, base: PreTrainedModel | None = None) -> PeftModelForCausalLM:
         """Plain PEFT over a fresh base: with the adapter of `like`, or as it starts."""
