@@ -74,14 +74,15 @@ def refuse_virtual_tokens(peft_config: PeftConfig) -> None:
 def adapted_behind(decoder: nn.Module, base: nn.Module) -> list[str]:
     """The names of adapted layers outside the decoder: they would read the woven state, and neither memory could be
     had alone."""
-    woven = set(adapter_layers(decoder))
-    return [name for name, m in base.named_modules() if m in set(adapter_layers(base)) - woven]
+    shared = set(adapter_layers(base)) - set(adapter_layers(decoder))
+    return [name for name, module in base.named_modules() if module in shared]
 
 
 def take_adapter_out(base: nn.Module) -> None:
     """Put the base's own layers back where adapted ones are."""
+    adapted = set(adapter_layers(base))
     for name, module in list(base.named_modules()):
-        if module in adapter_layers(base):
+        if module in adapted:
             names = ("original_module", "base_layer", "model")
             base.set_submodule(name, next(getattr(module, n) for n in names if hasattr(module, n)))
 

@@ -7,7 +7,7 @@ Knows nothing about training loops, data or evaluation. The arithmetic is in `ga
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from peft import PeftConfig, PeftModelForCausalLM, TaskType
@@ -434,7 +434,7 @@ class IMSMModel(PeftModelForCausalLM):
             hook.remove()
         base: Any = self.get_base_model()
         if isinstance(self.base_model, BaseTuner):
-            return self.base_model.unload()
+            return cast(PreTrainedModel, self.base_model.unload())
         take_adapter_out(base)
         return base
 
