@@ -17,7 +17,7 @@ from .baselines import adapter_rehearsal, corda_model, ewc, l2_sp, lwf, oft_mode
 from .errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError, unknown_name
 from .files import read_safetensors
 from .imsm import IMSMConfig, IMSMModel, get_imsm_model
-from .imsm.checks import check_adapter, check_base, refuse_virtual_tokens
+from .imsm.checks import check_base, check_plain_adapter
 from .rehearsal import MakeTerm, Materials, gate_rehearsal
 
 
@@ -83,8 +83,7 @@ def _plain(
     base: PreTrainedModel, peft_config: PeftConfig, imsm_config: IMSMConfig, materials: Materials | None = None
 ) -> PeftModel:
     check_base(base)
-    check_adapter(peft_config)
-    refuse_virtual_tokens(peft_config)
+    check_plain_adapter(peft_config)
     with _refusals(base):
         return get_peft_model(base, peft_config)
 
@@ -96,8 +95,7 @@ def _own(make: Callable[[PreTrainedModel, PeftConfig, Materials | None], PeftMod
         base: PreTrainedModel, peft_config: PeftConfig, imsm_config: IMSMConfig, materials: Materials | None = None
     ) -> PeftModel:
         check_base(base)
-        check_adapter(peft_config)
-        refuse_virtual_tokens(peft_config)
+        check_plain_adapter(peft_config)
         with _refusals(base):
             model = make(base, peft_config, materials)
         if not model.get_nb_trainable_parameters()[0]:

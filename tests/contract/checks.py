@@ -508,7 +508,7 @@ def saved(subject: Subject) -> None:
     expected = logits_of(model, ids)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        again = IMSMModel.from_pretrained(folder, subject.base())
+        again = subject.dressed(IMSMModel.from_pretrained(folder, subject.base()))
     equal(logits_of(again, ids), expected, "logits before saving and after loading")
 
 
@@ -521,11 +521,11 @@ def saved_for_peft(subject: Subject) -> None:
         model.save_pretrained(folder)
         try:
             subject.plain(model).save_pretrained(f"{folder}/plain", save_embedding_layers=False)
-            control = PeftModel.from_pretrained(subject.base(), f"{folder}/plain").eval()
+            control = subject.dressed(PeftModel.from_pretrained(subject.base(), f"{folder}/plain").eval())
             equal(logits_of(control, ids), expected, "logits before saving and after loading")
         except Exception as error:
             raise NotApplicable(f"upstream: plain PEFT: {said(error)}") from error
-        plain = PeftModel.from_pretrained(subject.base(), folder).eval()
+        plain = subject.dressed(PeftModel.from_pretrained(subject.base(), folder).eval())
     equal(logits_of(plain, ids), expected, "plain PEFT's logits and the enhanced memory's")
 
 

@@ -9,7 +9,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft import EvaConfig, PeftConfig, PeftModelForCausalLM, PeftType, initialize_lora_eva_weights
+from peft import (
+    EvaConfig,
+    KasaConfig,
+    LoftQConfig,
+    PeftConfig,
+    PeftModelForCausalLM,
+    PeftType,
+    initialize_lora_eva_weights,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -79,7 +87,8 @@ SETTINGS: dict[PeftType, dict[str, Any]] = {
     },
 }
 
-# What a LoRA can be beside what it is by default.
+# What a LoRA can be beside what it is by default. PiSSA, OLoRA, CorDA and LoRA-GA are compared with PEFT's own in
+# tests/imsm/test_starts.py: there the base's weights change, here they do not, and the two agree up to rounding.
 VARIANTS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
     "rsLoRA": {"use_rslora": True},
@@ -96,11 +105,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "modules_to_save, embeddings": {"modules_to_save": ["embed_tokens"]},
     "upper layer alone": {"layers_to_transform": [1]},
     "dropout": {"lora_dropout": 0.3},
-    "PiSSA": {"init_lora_weights": "pissa"},
-    "OLoRA": {"init_lora_weights": "olora"},
-    "CorDA": {"init_lora_weights": "corda"},
-    "LoftQ": {"init_lora_weights": "loftq"},
-    "LoRA-GA": {"init_lora_weights": "lora_ga"},
+    "LoftQ": {"init_lora_weights": "loftq", "loftq_config": LoftQConfig()},
+    "KaSA": {"kasa_config": KasaConfig()},
     "bias of the base": {"bias": "all"},
     "the head": {"target_modules": ["q_proj", "lm_head"]},
     "modules_to_save, the head": {"modules_to_save": ["lm_head"]},
@@ -121,10 +127,12 @@ class PeftSubject(Subject):
                 raise
             raise NotApplicable(f"refused: {error}") from error
 
-    def plain(self, like: IMSMModel | None = None, base: PreTrainedModel | None = None) -> PeftModelForCausalLM:
-        """See Subject. Where the adapter adds virtual tokens, the logits at them are left out."""
-        model = super().plain(like, base)
-        if model.active_peft_config.is_prompt_learning:
+    def dressed(self, model: Any) -> Any:
+        """See Subject. Where plain PEFT has logits at virtual tokens, they are left out."""
+        if self.name in ("POLY", "MULTITASK_PROMPT_TUNING"):
+            for name in ("forward", "generate"):
+                setattr(model, name, _about_task_one(getattr(model, name)))
+        if model.active_peft_config.is_prompt_learning and not isinstance(model, IMSMModel):
             model.register_forward_hook(_without_virtual_tokens, with_kwargs=True)
         return model
 
@@ -132,9 +140,8 @@ class PeftSubject(Subject):
 def subject(name: str) -> PeftSubject:
     """The subject called `name`, one of NAMES."""
     kind, _, variant = name.partition(": ")
-    return PeftSubject(
-        name, make_base, lambda base: make_config(kind, variant), VOCAB, prepare=_preparation(kind, variant)
-    )
+    prepare = _eva if variant == "EVA" else lambda model: None
+    return PeftSubject(name, make_base, lambda base: make_config(kind, variant), VOCAB, prepare=prepare)
 
 
 def make_base(**changes: Any) -> PreTrainedModel:
@@ -176,21 +183,9 @@ def make_config(kind: str, variant: str = "") -> PeftConfig:
 # --- what has to be done to a wrapped model -------------------------------------------------------------------------
 
 
-def _preparation(kind: str, variant: str) -> Callable[[PeftModelForCausalLM], None]:
-    if kind in ("POLY", "MULTITASK_PROMPT_TUNING"):
-        return _with_task_ids
-    if variant == "EVA":
-        return _eva
-    return lambda model: None
-
-
-def _with_task_ids(model: PeftModelForCausalLM) -> None:
-    """Every call is about task 1, as these adapters cannot be called without a task."""
-    for name in ("forward", "generate"):
-        setattr(model, name, _about_task_one(getattr(model, name)))
-
-
 def _about_task_one(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call, about task 1 unless another is given: these adapters cannot be called without one."""
+
     def about_task_one(*args: Any, **inputs: Any) -> Any:
         return call(*args, **{"task_ids": torch.ones(len(inputs["input_ids"]), dtype=torch.long)} | inputs)
 

@@ -55,7 +55,11 @@ class Subject:
             self.prepare(model)
         if moved:
             move_trainable(model)
-        return model.eval()
+        return self.dressed(model.eval())
+
+    def dressed(self, model: Any) -> Any:
+        """A PeftModel or IMSMModel, as the checks call it: with what this adapter has to be told at every call."""
+        return model
 
     def moved(self) -> IMSMModel:
         """The moved twin, made once, for checks that change nothing but its plan, its retention and its guard."""
@@ -76,7 +80,7 @@ class Subject:
         if like is not None:
             own = {name: t for name, t in like.state_dict().items() if not name.startswith(("gate.", "guard."))}
             model.load_state_dict(own)
-        return model.eval()
+        return self.dressed(model.eval())
 
     def tokens(self, rows: int, length: int, seed: int = 0) -> Tensor:
         """Token ids [rows, length] without padding or special tokens."""

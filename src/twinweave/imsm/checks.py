@@ -11,8 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .adapters import adapter_layers
-
-_STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+from .starts import moved_start
 
 
 def check_base(base: Any) -> None:
@@ -49,12 +48,17 @@ def check_adapter(peft_config: PeftConfig) -> None:
         raise UnsupportedModelError(
             f"The adapter's task_type is {peft_config.task_type!r}; a causal model needs task_type='CAUSAL_LM'."
         )
-    start = str(getattr(peft_config, "init_lora_weights", True)).lower()
-    if start.startswith(_STARTS_THAT_CHANGE_THE_BASE):
+    if str(getattr(peft_config, "init_lora_weights", True)).lower() == "loftq":
         raise UnsupportedModelError(
-            f"init_lora_weights={start!r} moves part of the base's weights into the adapter, and the base must stay as "
-            "it is. Use True, 'gaussian', 'eva' or 'orthogonal'."
+            "init_lora_weights='loftq' puts a quantised copy in the place of the base's weights, and the base must "
+            "stay as it is. Quantise the base when it is loaded, and use True, 'pissa' or 'olora'."
         )
+    for name in ("kasa_config", "layer_replication"):
+        if getattr(peft_config, name, None) is not None:
+            raise UnsupportedModelError(
+                f"{name} changes the base itself (its weights, or which blocks it has), and the base must stay as it "
+                "is. Leave it out."
+            )
     bias = getattr(peft_config, "bias", "none")
     if bias not in ("none", None, False):
         raise UnsupportedModelError(
@@ -62,8 +66,15 @@ def check_adapter(peft_config: PeftConfig) -> None:
         )
 
 
-def refuse_virtual_tokens(peft_config: PeftConfig) -> None:
-    """Raise UnsupportedModelError for prompt learning: plain PEFT's logits have columns for virtual tokens."""
+def check_plain_adapter(peft_config: PeftConfig) -> None:
+    """Raise UnsupportedModelError for adapters that only the IMSM methods can be trained with: plain PEFT's logits
+    have columns for virtual tokens, and it makes some starts out of the base's weights."""
+    check_adapter(peft_config)
+    if start := moved_start(peft_config):
+        raise UnsupportedModelError(
+            f"init_lora_weights={start!r} moves part of the base's weights into the adapter, and without IMSM the base "
+            "must stay as it is too. Use True, 'gaussian', 'eva' or 'orthogonal'."
+        )
     if peft_config.is_prompt_learning:
         raise UnsupportedModelError(
             f"{_name_of(peft_config)} adds virtual tokens to the sequence, which only the IMSM methods can be trained "

@@ -7,6 +7,7 @@ Knows nothing about training loops, data or evaluation. The arithmetic is in `ga
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -35,6 +36,7 @@ from .labels import (
     trim,
     weave_at_labels,
 )
+from .starts import START, activate, give_start, moved_start, save_joined, without_start
 from .switches import follow_labels, make_switchable
 from .twin import Plan, Twin
 from .virtual import PromptedCache, PromptedTwin
@@ -62,8 +64,9 @@ def get_imsm_model(
         peft_config.task_type = TaskType.CAUSAL_LM
     check_adapter(peft_config)
     peft_config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
+    usual = without_start(peft_config) if moved_start(peft_config) else peft_config
     try:
-        return IMSMModel(base, peft_config, imsm_config or IMSMConfig(), adapter_name, **peft_kwargs)
+        model = IMSMModel(base, usual, imsm_config or IMSMConfig(), adapter_name, **peft_kwargs)
     except (ValueError, TypeError) as error:
         take_adapter_out(base)  # PEFT may have come to some layers already
         if "gradient checkpointing" in str(error):
@@ -71,6 +74,13 @@ def get_imsm_model(
         if "arget module" not in str(error) and "target_modules" not in str(error):
             raise
         raise misfit(base, peft_config, error) from error
+    if moved_start(peft_config):
+        try:
+            give_start(model, peft_config, adapter_name)
+        except UnsupportedModelError:
+            model.unload()
+            raise
+    return model
 
 
 class IMSMModel(PeftModelForCausalLM):
@@ -420,6 +430,8 @@ class IMSMModel(PeftModelForCausalLM):
         """PEFT's `set_adapter`."""
         with self._changing_adapters():
             super().set_adapter(*args, **kwargs)
+            if START in self.peft_config and self.active_adapter == next(iter(self.peft_config)):
+                activate(self, self.active_adapter)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -455,7 +467,8 @@ class IMSMModel(PeftModelForCausalLM):
 
         `kwargs` are PEFT's. No base weights are written. Each file appears whole or not at all.
         """
-        saving.save(self, save_directory, super().save_pretrained, **kwargs)
+        own = partial(save_joined, self) if START in self.peft_config else super().save_pretrained
+        saving.save(self, save_directory, own, **kwargs)
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """PEFT's `load_adapter`; gate and guard saved beside the adapter are loaded with it."""
