@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .adapters import adapter_layers
+from .anatomy import decoder_of
 
 _STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -22,7 +23,7 @@ def check_base(base: Any) -> None:
         fault = "is not a transformers model"
     elif not base.can_generate() or base.get_output_embeddings() is None:
         fault = "has no language-model head"
-    elif base.get_decoder() in (None, base):
+    elif decoder_of(base) is None:
         fault = "has no decoder of its own below its head"
     elif base.config.is_encoder_decoder:
         fault = "is an encoder-decoder"
@@ -30,6 +31,11 @@ def check_base(base: Any) -> None:
         raise UnsupportedModelError(
             f"{type(base).__name__} {fault}, so its memories cannot be woven. Load the base with "
             "AutoModelForCausalLM.from_pretrained."
+        )
+    if base.config.model_type == "rwkv" and base.config.rescale_every > 0:
+        raise UnsupportedModelError(
+            "RWKV divides its own weights in place whenever it goes from training to evaluation, and both memories "
+            "need them as they are. Load the base with rescale_every=0, which gives the same results."
         )
     if adapter_layers(base):
         raise UnsupportedModelError(
