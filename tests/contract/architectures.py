@@ -15,6 +15,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from twinweave.imsm.anatomy import decoder_of
+
 from .subject import PAD, Subject
 
 NAMES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
@@ -67,6 +69,7 @@ RULES: list[Rule] = [
 _INDEXER = {"indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8}
 _NGRAMS = {"ngram_vocab_size_base": 50, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 1}
 _QWEN4 = {
+    "eos_token_id": 2,
     **_INDEXER,
     **_NGRAMS,
     "indexer_compress_ratio": 2,
@@ -94,10 +97,14 @@ _GEMMA3N = {
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 16},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
-    "dbrx": {"attn_config": {"rope_theta": 1e4}, "ffn_config": {"hidden_size": HIDDEN}},
+    "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}, "ffn_config": {"hidden_size": HIDDEN}},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note": {"text_config": _DOTS3},
+    "dots3_note": {
+        "text_config": _DOTS3,
+        "vision_config": {"adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
+        "audio_config": {"adapter_input_size": HIDDEN, "adapter_out_dim": HIDDEN},
+    },
     "dots3_note_text": _DOTS3,
     "gemma3n": {"text_config": _GEMMA3N},
     "gemma3n_text": _GEMMA3N,
@@ -105,7 +112,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": {"global_head_dim": 16, "hidden_size_per_layer_input": 0}},
     "gemma4_text": {"global_head_dim": 16},
     "gemma4_unified": {"text_config": {"global_head_dim": 16}},
-    "gemma4_unified_assistant": {"text_config": {"global_head_dim": 16}},
+    "gemma4_unified_assistant": {"text_config": {"global_head_dim": 16, "num_kv_shared_layers": 2}},
     "gemma4_unified_text": {"global_head_dim": 16},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"], "mamba_n_heads": 8, "mamba_d_head": 16},
@@ -116,8 +123,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": _QWEN4},
     "qwen4_exp_text": _QWEN4,
     "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "rwkv": {"rescale_every": 0},
     "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_embds": False, "hash_seed": 0, "num_buckets": 2},
-    "xlstm": {"chunk_size": 16},
+    "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
     "zamba": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 32, "mamba_dt_rank": 4},
     "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 32, "mamba_headdim": 16},
@@ -125,6 +133,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 
 # Fields that some configs leave open, and whose models then cannot be made.
 OPEN = {"head_dim": HIDDEN // HEADS, "num_key_value_heads": HEADS}
+
+# Where PEFT refuses LoRA on the output projection, whose weight the fused kernels read past the layer.
+MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
 
 LAYERS = ("layer_types", "mlp_layer_types", "layers_block_type")
 
@@ -189,12 +200,13 @@ def _spread(model: nn.Module) -> None:
 
 def adapter(base: PreTrainedModel) -> PeftConfig:
     """LoRA on all linear layers of the decoder."""
-    decoder, head = base.get_decoder(), base.get_output_embeddings()
+    decoder, head = decoder_of(base), base.get_output_embeddings()
     inside = set(decoder.modules()) if decoder is not None else set()
+    taken = ("out_proj", "conv1d") if base.config.model_type in MAMBAS else ()
     linear = {n: m for n, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
     targets: str | list[str] = "all-linear"
-    if not inside.issuperset(linear.values()):
-        targets = [name for name, module in linear.items() if module in inside]
+    if taken or not inside.issuperset(linear.values()):
+        targets = [n for n, m in linear.items() if m in inside and not n.endswith(taken or ("-",))]
     return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets)
 
 

@@ -6,6 +6,7 @@ Knows nothing about checks. What a configuration cannot do, and why, stands besi
 import copy
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from peft import (
     PeftConfig,
     PeftModelForCausalLM,
     PeftType,
+    PromptLearningConfig,
     initialize_lora_eva_weights,
 )
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -141,7 +143,9 @@ def subject(name: str) -> PeftSubject:
     """The subject called `name`, one of NAMES."""
     kind, _, variant = name.partition(": ")
     prepare = _eva if variant == "EVA" else lambda model: None
-    return PeftSubject(name, make_base, lambda base: make_config(kind, variant), VOCAB, prepare=prepare)
+    again = not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)], PromptLearningConfig)
+    make = partial(_make_config, kind, variant)
+    return PeftSubject(name, make_base, make, VOCAB, prepare=prepare, trainable_again=again)
 
 
 def make_base(**changes: Any) -> PreTrainedModel:
@@ -170,8 +174,7 @@ def make_base(**changes: Any) -> PreTrainedModel:
     return model.eval()
 
 
-def make_config(kind: str, variant: str = "") -> PeftConfig:
-    """The configuration of a PEFT type, or of a variant of LoRA."""
+def _make_config(kind: str, variant: str, base: PreTrainedModel) -> PeftConfig:
     made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
     settings = copy.deepcopy(SETTINGS.get(PeftType(kind), {}) | (VARIANTS[variant] if variant else {}))
     fields = {field.name for field in dataclasses.fields(made)}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModelForCausalLM
+from peft import PeftConfig, PeftModel, PeftModelForCausalLM
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -26,6 +26,7 @@ class Subject:
     go into its config (`tie_word_embeddings`). `make_peft(base)` gives an adapter that fits it. Token ids from `first`
     to `vocab` - 1 are ordinary ones, and 0 is free for padding. `prepare` is called with every freshly wrapped model
     (PeftModel or IMSMModel), before its weights are moved; for adapters that want a start of their own.
+    `trainable_again`: PEFT can go on with the training of a saved adapter.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Subject:
     first: int = 5
     imsm: dict[str, Any] = field(default_factory=lambda: {"gate_rank": 3})
     prepare: Callable[[PeftModelForCausalLM], None] = lambda model: None
+    trainable_again: bool = True
     _pristine: PreTrainedModel | None = None
     _moved: IMSMModel | None = None
 
@@ -55,6 +57,11 @@ class Subject:
             self.prepare(model)
         if moved:
             move_trainable(model)
+        return self.dressed(model.eval())
+
+    def plain_from(self, folder: str) -> Any:
+        """Plain PEFT's reading of a saved folder, over a fresh base."""
+        model = PeftModel.from_pretrained(self.base(), folder, is_trainable=self.trainable_again)
         return self.dressed(model.eval())
 
     def dressed(self, model: Any) -> Any:

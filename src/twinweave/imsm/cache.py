@@ -116,7 +116,7 @@ class StackedCache(TwinCache):
 
     def _rows_by_layer(self, rows: Tensor) -> list[tuple[Any, Tensor]]:
         both = torch.cat((rows, rows + self.rows))
-        return [(layer, rows if i < self.trunk else both) for i, layer in enumerate(self.layers)]
+        return [(layer, rows if i < self.trunk else both) for i, layer in enumerate(layers_of(self))]
 
     def _keep(self, rows: Tensor) -> None:
         self.rows = len(rows)
@@ -151,7 +151,13 @@ def is_empty(cache: Any) -> bool:
 
 def is_allocated(cache: Cache) -> bool:
     """Whether the cache has memory for a number of rows already."""
-    return any(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", ()))
+    return any(getattr(layer, "is_initialized", False) for layer in layers_of(cache))
+
+
+def layers_of(cache: Any) -> list[Any]:
+    """The layers in which a cache keeps what the decoder has seen of its own tokens."""
+    found = getattr(cache, "layers", None)
+    return cast(list[Any], cache.self_attention_cache.layers) if found is None else cast(list[Any], found)
 
 
 def become(cache: Cache, form: type[TwinCache]) -> TwinCache:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .adapters import adapter_layers
+from .anatomy import decoder_of
 from .starts import moved_start
 
 
@@ -21,7 +22,7 @@ def check_base(base: Any) -> None:
         fault = "is not a transformers model"
     elif not base.can_generate() or base.get_output_embeddings() is None:
         fault = "has no language-model head"
-    elif base.get_decoder() in (None, base):
+    elif decoder_of(base) is None:
         fault = "has no decoder of its own below its head"
     elif base.config.is_encoder_decoder:
         fault = "is an encoder-decoder"
@@ -29,6 +30,11 @@ def check_base(base: Any) -> None:
         raise UnsupportedModelError(
             f"{type(base).__name__} {fault}, so its memories cannot be woven. Load the base with "
             "AutoModelForCausalLM.from_pretrained."
+        )
+    if base.config.model_type == "rwkv" and base.config.rescale_every > 0:
+        raise UnsupportedModelError(
+            "RWKV divides its own weights in place whenever it goes from training to evaluation, and both memories "
+            "need them as they are. Load the base with rescale_every=0, which gives the same results."
         )
     if adapter_layers(base):
         raise UnsupportedModelError(
@@ -79,6 +85,18 @@ def check_plain_adapter(peft_config: PeftConfig) -> None:
         raise UnsupportedModelError(
             f"{_name_of(peft_config)} adds virtual tokens to the sequence, which only the IMSM methods can be trained "
             "with here. Use one of those, or an adapter inside the layers (LoRA, DoRA, IA3, AdaLoRA, OFT, …)."
+        )
+
+
+def check_goes_on(peft_config: PeftConfig) -> None:
+    """Raise UnsupportedModelError for a saved adapter that cannot be trained further: only its result was saved."""
+    made = peft_config.peft_type in (PeftType.P_TUNING, PeftType.CPT) or getattr(
+        peft_config, "prefix_projection", False
+    )
+    if made:
+        raise UnsupportedModelError(
+            f"A saved {_name_of(peft_config)} holds what its encoder made, not the encoder, so it cannot be trained "
+            "on. Load it with is_trainable=False; a run that was stopped goes on from its own checkpoints."
         )
 
 

@@ -20,6 +20,7 @@ from ..errors import UnsupportedModelError, UsageError, unknown_name
 from ..fingerprint import fingerprint
 from . import saving
 from .adapters import adapters_off, dropout_off
+from .anatomy import decoder_of, examine
 from .cache import TwinCache, is_empty
 from .checks import adapted_behind, check_adapter, check_base, misfit, take_adapter_out
 from .config import IMSMConfig
@@ -103,7 +104,8 @@ class IMSMModel(PeftModelForCausalLM):
         **peft_kwargs: Any,
     ) -> None:
         base_fingerprint = fingerprint(base)  # before the adapter adds its own parameters
-        decoder, head = base.get_decoder(), base.get_output_embeddings()
+        anatomy = examine(base, decoder_of(base) or base)
+        decoder, head = anatomy.decoder, base.get_output_embeddings()
         super().__init__(base, peft_config, adapter_name=adapter_name, **peft_kwargs)
         outside = adapted_behind(decoder, base)
         if outside:
@@ -115,13 +117,13 @@ class IMSMModel(PeftModelForCausalLM):
         self.imsm_config = imsm_config
         self.base_fingerprint = base_fingerprint
         self.retention = float(imsm_config.retention)
-        width = getattr(head, "in_features", None) or head.weight.shape[-1]
-        self.gate = MemoryGate(width, imsm_config).to(head.weight.device)
+        self.gate = MemoryGate(anatomy.width, imsm_config).to(head.weight.device)
         self.register_module("guard", None)
         self._memory: Memory = "interwoven"
         self._call = Call()
         self._twin = self._twin_of(decoder)
         follow_labels(self.base_model, self)
+        self._shifted = anatomy.shifted
         self._hooks = (
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
@@ -277,7 +279,7 @@ class IMSMModel(PeftModelForCausalLM):
         if self._is_prompt_learning:
             call.task_ids = kwargs.pop("task_ids", None)
         if logits_at_labels or rehearse:
-            call.places = _places(source, labels, mask, query_mask, kwargs.get("past_key_values"))
+            call.places = _places(source, labels, mask, query_mask, self._shifted, kwargs.get("past_key_values"))
             labels = call.places.targets if not rehearse else None
             if frozen is not None:
                 check_frozen(frozen, call.places, self.gate.hidden_size)
@@ -344,7 +346,7 @@ class IMSMModel(PeftModelForCausalLM):
 
         All arguments are [B, T]. The result has the states at the N label positions and the M query means.
         """
-        places = _places(input_ids, labels, attention_mask, query_mask)
+        places = _places(input_ids, labels, attention_mask, query_mask, self._shifted)
         call = Call(places=places, only_frozen=True)
         with self.use_memory("original"), dropout_off(self), self._calling(call):
             self._forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
@@ -499,7 +501,12 @@ class IMSMModel(PeftModelForCausalLM):
 
 
 def _places(
-    source: Tensor | None, labels: Tensor | None, mask: Tensor | None, query_mask: Tensor | None, cache: Any = None
+    source: Tensor | None,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    query_mask: Tensor | None,
+    shifted: bool,
+    cache: Any = None,
 ) -> LabelPlaces:
     """See `find_places`. Raises UsageError for what cannot go with it."""
     if labels is None:
@@ -508,7 +515,7 @@ def _places(
         raise UsageError(f"labels are {list(labels.shape)} and the input {list(source.shape[:2])}; give both [B, T].")
     if isinstance(cache, Cache) and not is_empty(cache):
         raise UsageError("logits_at_labels is for training on whole rows. Leave it out to go on from a cache.")
-    return find_places(labels, mask, query_mask)
+    return find_places(labels, mask, query_mask, shifted)
 
 
 def _prompt_columns(prompt: Tensor, mask: Tensor | None, cache: Any) -> int:

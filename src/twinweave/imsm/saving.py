@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
 from ..files import atomic_files_into, read_safetensors, write_json_atomic
 from ..fingerprint import BaseFingerprint, fingerprint
-from .checks import check_base
+from .checks import check_base, check_goes_on
 from .config import IMSMConfig
 from .guard import DomainGuard, GuardSettings, misfit_of_guard
 
@@ -114,6 +114,8 @@ def load(
             f"{'; '.join(differences)}. Load that base, or pass allow_base_mismatch=True to go on all the same."
         )
     peft_config = _read_adapter_config(folder)
+    if is_trainable:
+        check_goes_on(peft_config)
     peft_config.inference_mode = not is_trainable
     model = cls(base, peft_config, IMSMConfig.from_dict(settings["imsm"]))
     try:

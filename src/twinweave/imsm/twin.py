@@ -21,7 +21,17 @@ from transformers import Cache
 
 from ..errors import UsageError
 from .adapters import adapter_layers, adapters_off, dropout_off
-from .cache import PairedCache, StackedCache, TwinCache, is_allocated, is_empty, pair, pair_with_empty_copy, stack
+from .cache import (
+    PairedCache,
+    StackedCache,
+    TwinCache,
+    is_allocated,
+    is_empty,
+    layers_of,
+    pair,
+    pair_with_empty_copy,
+    stack,
+)
 from .stacked import StackedPass, tuned_half
 from .trial import same_memories
 
@@ -254,5 +264,5 @@ def _pair_outputs(output: Any, frozen: Any, shared: int) -> TwinCache | None:
     cache, original = getattr(output, "past_key_values", None), getattr(frozen, "past_key_values", None)
     if not isinstance(cache, Cache) or not isinstance(original, Cache):
         return None
-    original.layers[:shared] = [copy.copy(layer) for layer in cache.layers[:shared]]
+    layers_of(original)[:shared] = [copy.copy(layer) for layer in layers_of(cache)[:shared]]
     return pair(cache, original)
