@@ -133,6 +133,13 @@ def predicting(loss: Tensor, logits: Tensor, ids: Tensor, start: int) -> tuple[s
     return min(found, key=lambda pair: pair[1])
 
 
+def columns_before(subject: Subject, ids: Tensor, start: int) -> slice:
+    """The columns of logits that predict `ids[:, start:]`, as the base has it: an adapter may add to the loss."""
+    with torch.no_grad():
+        out = subject.base()(input_ids=ids, labels=labels_behind(ids, start))
+    return predicting(out.loss, out.logits, ids, start)[0]
+
+
 def takes(model: Any, name: str) -> bool:
     """Whether the base's forward has an argument of this name."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -444,7 +451,7 @@ def at_labels(subject: Subject) -> None:
     with torch.no_grad():
         out = model(**inputs)
         few = model(**inputs, logits_at_labels=True).logits
-    columns, _ = predicting(out.loss, out.logits, ids, 4)
+    columns = columns_before(subject, ids, 4)
     close(few.flatten(0, 1), out.logits[:, columns].flatten(0, 1), "logits at labels")
 
 
@@ -452,12 +459,11 @@ def rehearsal(subject: Subject) -> None:
     """Rehearsal's divergences are those between the memories; each part teaches the gate, or the adapter, alone."""
     model, ids = subject.moved(), subject.tokens(2, 9)
     inputs = {"input_ids": ids, "labels": labels_behind(ids, 4), "attention_mask": torch.ones_like(ids)}
-    log_probs = {}
+    log_probs, columns = {}, columns_before(subject, ids, 4)
     with torch.no_grad():
         for memory in ("original", "enhanced", "interwoven"):
             with model.use_memory(memory):
                 out = model(**inputs)
-            columns, _ = predicting(out.loss, out.logits, ids, 4)
             log_probs[memory] = out.logits[:, columns].float().log_softmax(-1)
         out = model(**inputs, rehearse="both")
     for found, memory in zip(out.divergences, ("interwoven", "enhanced"), strict=True):
