@@ -66,12 +66,17 @@ def examine(base: PreTrainedModel, decoder: nn.Module) -> Anatomy:
         return taken
     finally:
         hook.remove()
-    if not seen or seen[0].ndim != 3 or bool((output.logits == other).all(-1).any()):
+    if not seen or seen[0].ndim != 3 or _some_unread(seen[0], output.logits == other):
         raise UnsupportedModelError(
             f"The logits of {type(base).__name__} do not come from the last hidden states of its decoder "
             f"({type(decoder).__name__}), so its memories cannot be woven."
         )
     return Anatomy(decoder, seen[0].shape[-1], _shifted(output.loss, output.logits[0], ids[0]))
+
+
+def _some_unread(states: Tensor, equal: Tensor) -> bool:
+    """Whether logits stayed the same though the state was turned around; one that is all zeros cannot be (padding)."""
+    return bool((equal.all(-1) & (states != states.flip(-1)).any(-1)).any())
 
 
 def _shifted(loss: Tensor | None, logits: Tensor, ids: Tensor) -> bool:
