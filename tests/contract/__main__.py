@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import signal
 import time
 import warnings
 from dataclasses import asdict
@@ -32,10 +33,11 @@ from .checks import CHECKS, refusal, run_check, said
 # Each grid: the names of its subjects, and what makes one of a name.
 GRIDS: dict[str, tuple[tuple[str, ...], Any]] = {
     "architectures": (architectures.NAMES, architectures.subject),
-    "peft": (peft_types.NAMES, peft_types.subject),
+    "peft": (peft_types.TYPES, peft_types.subject),
+    "lora": (peft_types.LORAS, peft_types.subject),
 }
 DOCS = Path(__file__).parents[2] / "docs"
-LIMIT = 150.0  # seconds for one subject
+CPU_LIMIT, LIMIT = 150, 900.0  # seconds for one subject: of work, and on the clock
 MEMORY = 8 << 30  # bytes of address space for one subject
 PACKAGES = ("torch", "transformers", "peft")
 
@@ -60,6 +62,7 @@ def judge(grid: str, name: str) -> dict[str, Any]:
 
 def _in_process(grid: str, name: str, end: Connection) -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_LIMIT, CPU_LIMIT + 5))
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
@@ -88,13 +91,16 @@ def run_all(grid: str, names: list[str], jobs: int, take: Any) -> None:
                 try:
                     finding = end.recv()
                 except EOFError:
-                    finding = {"broken": "the process died"}
+                    finding = {}
             elif seconds > LIMIT:
-                finding = {"broken": f"not done after {LIMIT:.0f} s"}
+                finding = {}
                 process.kill()
             else:
                 continue
             process.join()
+            if not finding:
+                out_of_time = process.exitcode in (-signal.SIGXCPU, -signal.SIGKILL)
+                finding = {"broken": "out of time" if out_of_time else f"it died ({process.exitcode})"}
             del running[end]
             take(name, finding, seconds)
 
@@ -131,7 +137,7 @@ def _run_grid(grid: str, given: argparse.Namespace) -> None:
         found[grid] = {n: rows[n] for n in sorted(rows)}
         write_json_atomic(file, found)
         left = (time.monotonic() - start) / count * (len(names) - count)
-        say(f"{count}/{len(names)} {name}: {table.verdict(finding)} ({seconds:.0f} s; {left / 60:.0f} min left)")
+        say(f"{count}/{len(names)} {name}: {table.verdict(finding)[:300]} ({seconds:.0f} s; {left / 60:.0f} min left)")
 
     run_all(grid, names, given.jobs, take)
     write_text_atomic(given.out / "compatibility.md", table.page(found))

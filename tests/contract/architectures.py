@@ -134,8 +134,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 # Fields that some configs leave open, and whose models then cannot be made.
 OPEN = {"head_dim": HIDDEN // HEADS, "num_key_value_heads": HEADS}
 
-# Where PEFT refuses LoRA on the output projection, whose weight the fused kernels read past the layer.
-MAMBAS = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+# Linear layers that LoRA cannot take: PEFT refuses Mamba's output projection, whose weight fused kernels read past the
+# layer, and a grouped projection has other shapes than its weight says.
+_MAMBA = ("out_proj", "conv1d")
+UNADAPTED = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), _MAMBA)
+UNADAPTED["deepseek_v4"] = ("o_a_proj",)
 
 LAYERS = ("layer_types", "mlp_layer_types", "layers_block_type")
 
@@ -202,11 +205,11 @@ def adapter(base: PreTrainedModel) -> PeftConfig:
     """LoRA on all linear layers of the decoder."""
     decoder, head = decoder_of(base), base.get_output_embeddings()
     inside = set(decoder.modules()) if decoder is not None else set()
-    taken = ("out_proj", "conv1d") if base.config.model_type in MAMBAS else ()
+    left_out = UNADAPTED.get(base.config.model_type, ())
     linear = {n: m for n, m in base.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
     targets: str | list[str] = "all-linear"
-    if taken or not inside.issuperset(linear.values()):
-        targets = [n for n, m in linear.items() if m in inside and not n.endswith(taken or ("-",))]
+    if left_out or not inside.issuperset(linear.values()):
+        targets = [n for n, m in linear.items() if m in inside and not n.endswith(left_out)]
     return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=targets)
 
 

@@ -114,7 +114,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "modules_to_save, the head": {"modules_to_save": ["lm_head"]},
     "layer_replication": {"layer_replication": [(0, 2), (1, 2)]},
 }
-NAMES = (*sorted(kind.value for kind in PeftType), *(f"LORA: {variant}" for variant in VARIANTS))
+TYPES = tuple(sorted(kind.value for kind in PeftType))
+LORAS = tuple(f"LORA: {variant}" for variant in VARIANTS)
 
 
 class PeftSubject(Subject):
@@ -140,7 +141,7 @@ class PeftSubject(Subject):
 
 
 def subject(name: str) -> PeftSubject:
-    """The subject called `name`, one of NAMES."""
+    """The subject called `name`, one of TYPES or LORAS."""
     kind, _, variant = name.partition(": ")
     prepare = _eva if variant == "EVA" else lambda model: None
     again = not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)], PromptLearningConfig)
