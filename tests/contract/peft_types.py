@@ -35,6 +35,7 @@ ATTENTION = ["q_proj", "v_proj"]
 FEED_FORWARD = "down_proj"
 NORMS = ["input_layernorm", "norm"]
 VIRTUAL = 4
+INVOCATION = [7, 9]
 
 # Settings that fit 32 channels where PEFT's own are for thousands.
 SETTINGS: dict[PeftType, dict[str, Any]] = {
@@ -95,7 +96,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "DoRA": {"use_dora": True},
     "rsLoRA": {"use_rslora": True},
     "EVA": {"init_lora_weights": "eva", "eva_config": EvaConfig(rho=1.0)},
-    "aLoRA": {"alora_invocation_tokens": [7, 9]},
+    "aLoRA": {"alora_invocation_tokens": INVOCATION},
     "MiCA": {"init_lora_weights": "mica"},
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
@@ -129,6 +130,13 @@ class PeftSubject(Subject):
             if base is None:
                 raise
             raise NotApplicable(f"refused: {error}") from error
+
+    def tokens(self, rows: int, length: int, seed: int = 0) -> Tensor:
+        """See Subject. An activated LoRA does nothing until its invocation has been read."""
+        ids = super().tokens(rows, length, seed)
+        if self.name == "LORA: aLoRA":
+            ids[:, 1:3] = torch.tensor(INVOCATION)[: max(length - 1, 0)]
+        return ids
 
     def dressed(self, model: Any) -> Any:
         """See Subject. Where plain PEFT has logits at virtual tokens, they are left out."""
