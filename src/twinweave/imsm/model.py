@@ -19,7 +19,7 @@ from ..fingerprint import fingerprint
 from . import saving
 from .adapters import adapters_off, dropout_off
 from .anatomy import decoder_of, examine
-from .cache import TwinCache, is_empty
+from .cache import TwinCache, is_empty, length_of
 from .checks import adapted_behind, check_adapter, check_base, misfit, take_adapter_out
 from .config import IMSMConfig
 from .gate import MemoryGate
@@ -123,7 +123,7 @@ class IMSMModel(PeftModelForCausalLM):
                 torch.set_grad_enabled(False)  # until the decoder's end
         elif self._memory == "interwoven":
             self._twin.begin(args, kwargs)
-        elif isinstance(kwargs.get("past_key_values"), TwinCache):
+        elif isinstance(kwargs.get(self._twin.cache_name), TwinCache):
             raise UsageError(
                 f"This cache holds both memories and cannot be continued with use_memory('{self._memory}'). "
                 "Start that memory with a cache of its own."
@@ -151,7 +151,7 @@ class IMSMModel(PeftModelForCausalLM):
             call.frozen = self._frozen_at_labels(places, args, kwargs)
 
     def _frozen_at_labels(self, places: LabelPlaces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FrozenStates:
-        alone = {"use_cache": False, "past_key_values": None}
+        alone = {"use_cache": False, self._twin.cache_name: None}
         kwargs = kwargs | {name: value for name, value in alone.items() if name in kwargs}
         return read_frozen(self._twin.frozen_pass(args, kwargs)[0], places)
 
@@ -247,7 +247,7 @@ class IMSMModel(PeftModelForCausalLM):
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         call = Call(attention_mask=mask, query_mask=query_mask, labels=labels, keep_gate=output_gate, frozen=frozen)
         if logits_at_labels or rehearse:
-            call.places = _places(source, labels, mask, query_mask, self._shifted, kwargs.get("past_key_values"))
+            call.places = _places(source, labels, mask, query_mask, self._shifted, kwargs.get(self._twin.cache_name))
             labels = call.places.targets if not rehearse else None
             if frozen is not None:
                 check_frozen(frozen, call.places, self.gate.hidden_size)
@@ -331,7 +331,7 @@ class IMSMModel(PeftModelForCausalLM):
             if kwargs.get("attention_mask") is None and not prompt.is_floating_point():
                 kwargs["attention_mask"] = self._mask_of_prompt(prompt, kwargs)
             call.attention_mask = kwargs.get("attention_mask")
-            call.prompt_columns = _prompt_columns(prompt, call.attention_mask, kwargs.get("past_key_values"))
+            call.prompt_columns = _prompt_columns(prompt, call.attention_mask, kwargs.get(self._twin.cache_name))
             if query_mask is not None and query_mask.shape != (prompt.shape[0], call.prompt_columns):
                 raise UsageError(
                     f"query_mask is {list(query_mask.shape)}; the prompt, with what is in the cache, is "
@@ -350,7 +350,7 @@ class IMSMModel(PeftModelForCausalLM):
 
         pad, eos = setting("pad_token_id"), setting("eos_token_id")
         eos_ids = eos if isinstance(eos, (list, tuple)) else [eos]
-        if pad is None or pad in eos_ids or kwargs.get("past_key_values") is not None:
+        if pad is None or pad in eos_ids or kwargs.get(self._twin.cache_name) is not None:
             return None
         return prompt.ne(pad).long()
 
@@ -462,5 +462,5 @@ def _places(
 def _prompt_columns(prompt: Tensor, mask: Tensor | None, cache: Any) -> int:
     """How many columns the query of this `generate` spans, those already in the cache included."""
     columns = max(prompt.shape[1], mask.shape[1] if mask is not None else 0)
-    seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    seen = length_of(cache) if isinstance(cache, Cache) else 0
     return columns if columns > seen else seen + prompt.shape[1]  # only the new tokens were passed
