@@ -136,7 +136,9 @@ def _run_grid(grid: str, given: argparse.Namespace) -> None:
         say(f"{count}/{len(names)} {name}: {table.verdict(finding)[:300]} ({seconds:.0f} s; {left / 60:.0f} min left)")
 
     run_all(grid, names, given.jobs, take)
-    write_text_atomic(given.out / "compatibility.md", table.page(found))
+    write_text_atomic(
+        given.out / "compatibility.md", table.page(found, {grid: len(names) for grid, (names, _) in GRIDS.items()})
+    )
 
 
 if __name__ == "__main__":

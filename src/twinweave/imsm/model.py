@@ -117,6 +117,7 @@ class IMSMModel(PeftModelForCausalLM):
 
     def _before_decoder(self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._twin.idle()
+        args, kwargs = self._twin.named(args, kwargs)
         if self._call.places is not None:
             self._prepare_labels(self._call, self._call.places, args, kwargs)
             if self._call.without_graph:
@@ -132,6 +133,7 @@ class IMSMModel(PeftModelForCausalLM):
     def _after_decoder(
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
+        args, kwargs = self._twin.named(args, kwargs)
         if self._call.places is not None:
             if self._call.without_graph:
                 torch.set_grad_enabled(True)

@@ -10,6 +10,7 @@ results (`docs/performance.md` has the measurements):
 """
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,7 @@ class Twin:
         self.decoder = decoder
         self.layers = adapter_layers(decoder)
         self.cache_name = cache_name(decoder)
+        self._arguments = list(inspect.signature(decoder.forward).parameters)
         blocks = _blocks_of(decoder)
         self._trunk = _first_adapted(blocks, self.layers)  # so many blocks are shared by both memories
         self._blocks = blocks
@@ -81,6 +83,10 @@ class Twin:
         self._trunk_output = None
         if self._stacked is not None:
             self._stacked.begin(0, 0)
+
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a run, all but the first by their names: some models hand on the cache by position."""
+        return args[:1], dict(zip(self._arguments[1:], args[1:], strict=False)) | kwargs
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a woven run, after `idle`: choose its form, and give a fresh cache room for both memories.
