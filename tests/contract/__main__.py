@@ -123,7 +123,8 @@ def _run_grid(grid: str, given: argparse.Namespace) -> None:
     if found.get("versions") != versions():
         found = {"versions": versions()}
     rows = {} if given.fresh else found.get(grid, {})
-    names = given.names or [name for name in GRIDS[grid][0] if name not in rows]
+    settled = {name for name, finding in rows.items() if table.kind(finding) != "fail" and "broken" not in finding}
+    names = given.names or [name for name in GRIDS[grid][0] if name not in settled]
     start, count = time.monotonic(), 0
 
     def take(name: str, finding: dict[str, Any], seconds: float) -> None:

@@ -123,8 +123,7 @@ def test_the_decoder_is_found(name, decoder, width, shifted):
 
 
 def test_a_base_without_weights_is_taken_at_its_word():
-    with torch.device("meta"):
-        base = architectures.tiny_model("qwen3")
+    base = architectures.tiny_model("qwen3").to("meta")
     anatomy = examine(base, decoder_of(base))
     assert (anatomy.width, anatomy.shifted) == (64, True)
 
