@@ -127,7 +127,8 @@ def _run_grid(grid: str, given: argparse.Namespace) -> None:
     if found.get("versions") != versions():
         found = {"versions": versions()}
     rows = {} if given.fresh else found.get(grid, {})
-    names = given.names or [name for name in GRIDS[grid][0] if name not in rows]
+    settled = {name for name, finding in rows.items() if table.kind(finding) != "fail" and "broken" not in finding}
+    names = given.names or [name for name in GRIDS[grid][0] if name not in settled]
     start, count = time.monotonic(), 0
 
     def take(name: str, finding: dict[str, Any], seconds: float) -> None:
@@ -140,7 +141,9 @@ def _run_grid(grid: str, given: argparse.Namespace) -> None:
         say(f"{count}/{len(names)} {name}: {table.verdict(finding)[:300]} ({seconds:.0f} s; {left / 60:.0f} min left)")
 
     run_all(grid, names, given.jobs, take)
-    write_text_atomic(given.out / "compatibility.md", table.page(found))
+    write_text_atomic(
+        given.out / "compatibility.md", table.page(found, {grid: len(names) for grid, (names, _) in GRIDS.items()})
+    )
 
 
 if __name__ == "__main__":

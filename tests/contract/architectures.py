@@ -127,7 +127,14 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "reformer": {"attn_layers": ["local", "lsh"], "axial_pos_embds": False, "hash_seed": 0, "num_buckets": 2},
     "xlm": {"causal": True},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 32, "mamba_dt_rank": 4},
+    "xlstm": {"qk_dim_factor": 1.0},
+    "zamba": {
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": 32,
+        "mamba_dt_rank": 4,
+        "num_hidden_layers": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
     "zamba2": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 32, "mamba_headdim": 16},
 }
 

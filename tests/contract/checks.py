@@ -386,7 +386,7 @@ def stacked(subject: Subject) -> str:
     """One pass over the rows of both memories gives what two passes give: a padded prompt, then token by token."""
     model, ids = subject.moved(), subject.tokens(2, 8)
     mask = torch.ones_like(ids)
-    found, forms = {}, {}
+    found, forms, name = {}, {}, "cache_params" if takes(model, "cache_params") else "past_key_values"
     for plan in ("two_pass", "stacked"):
         model.plan = plan
         parts, cache = [], None
@@ -394,12 +394,12 @@ def stacked(subject: Subject) -> str:
             for start, end in ((0, 6), (6, 7), (7, 8)):
                 given = {"attention_mask": mask[:, :end], "use_cache": True}
                 if cache is not None:
-                    given["past_key_values"] = cache
+                    given[name] = cache
                 try:
                     out = model(input_ids=ids[:, start:end], **given)
                 except Exception as error:
                     raise _no_cache(subject, ids, error) from error
-                cache = getattr(out, "past_key_values", None)
+                cache = getattr(out, name, None)
                 parts.append(out.logits)
                 if cache is None:
                     break

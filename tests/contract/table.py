@@ -42,8 +42,8 @@ def reasons(finding: Finding) -> str:
     return "; ".join(parts)
 
 
-def page(found: dict[str, Any]) -> str:
-    """Markdown for everything found so far."""
+def page(found: dict[str, Any], totals: dict[str, int]) -> str:
+    """Markdown for everything found so far; `totals`: how many subjects each grid has."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     lines = [
         "# Compatibility",
@@ -57,18 +57,18 @@ def page(found: dict[str, Any]) -> str:
     ]
     for grid, rows in found.items():
         if grid != "versions":
-            lines += _section(grid, rows)
+            lines += _section(grid, rows, totals[grid])
     return "\n".join([*lines, *_legend(), ""])
 
 
-def _section(grid: str, rows: dict[str, Finding]) -> list[str]:
+def _section(grid: str, rows: dict[str, Finding], total: int) -> list[str]:
     counts = Counter(kind(finding) for finding in rows.values())
     summary = ", ".join(f"{counts[k]} {k}" for k in ("pass", "refused", "not checked", "fail"))
     return [
         "",
         f"## {TITLES[grid]}",
         "",
-        f"{INTRODUCTION[grid]} {len(rows)} in all: {summary}.",
+        f"{INTRODUCTION[grid]} {len(rows)} of {total} done: {summary}.",
         "",
         "| name | result | notes |",
         "| --- | --- | --- |",

@@ -6,11 +6,13 @@ Knows nothing about gates or adapters. A cache becomes a TwinCache in place, by 
 
 import copy
 import functools
+import inspect
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
 from .memory import QueryState
 
@@ -43,10 +45,10 @@ class TwinCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens (transformers counts them negatively)."""
-        before = self.get_seq_length()
+        before = length_of(self)
         super().crop(tokens_to_remove)
         if self.query is not None:
-            self.query.crop(before - self.get_seq_length())
+            self.query.crop(before - length_of(self))
 
     def reset(self) -> None:
         """Forget everything; the memory stays allocated."""
@@ -146,7 +148,27 @@ def stack(cache: Cache, trunk: int, rows: int) -> StackedCache:
 
 def is_empty(cache: Any) -> bool:
     """Whether nothing has been written into the cache yet."""
-    return int(cache.get_seq_length()) == 0
+    return length_of(cache) == 0
+
+
+def length_of(cache: Any) -> int:
+    """How many columns have been written into the cache."""
+    if any(isinstance(layer, CacheLayerMixin) for layer in layers_of(cache)):
+        return int(cache.get_seq_length())
+    query = getattr(cache, "query", None)  # layers of linear attention keep a state and do not count
+    if query is not None:
+        return cast(int, query.columns)
+    return int(any(_has_state(layer) for layer in layers_of(cache)))
+
+
+def _has_state(layer: Any) -> bool:
+    return any(getattr(layer, "has_previous_state", {}).values())
+
+
+def cache_name(decoder: nn.Module) -> str:
+    """What the decoder calls the cache it is given and gives back."""
+    known = inspect.signature(decoder.forward).parameters
+    return next((name for name in ("past_key_values", "cache_params", "cache") if name in known), "past_key_values")
 
 
 def is_allocated(cache: Cache) -> bool:

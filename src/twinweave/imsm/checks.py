@@ -14,6 +14,14 @@ from .adapters import adapter_layers
 from .anatomy import decoder_of
 from .starts import moved_start
 
+# Models that change something of themselves while they run.
+_STATEFUL = {
+    "rwkv": "divides its own weights in place whenever it goes from training to evaluation, and both memories need "
+    "them as they are. Load the base with rescale_every=0, which gives the same results.",
+    "recurrent_gemma": "keeps what it has read in its own modules instead of a cache, where there is room for one "
+    "memory only. Take a model whose state is in its cache.",
+}
+
 
 def check_base(base: Any) -> None:
     """Raise UnsupportedModelError unless `base` is a transformers causal LM: decoder, then head, able to generate."""
@@ -31,11 +39,8 @@ def check_base(base: Any) -> None:
             f"{type(base).__name__} {fault}, so its memories cannot be woven. Load the base with "
             "AutoModelForCausalLM.from_pretrained."
         )
-    if base.config.model_type == "rwkv" and base.config.rescale_every > 0:
-        raise UnsupportedModelError(
-            "RWKV divides its own weights in place whenever it goes from training to evaluation, and both memories "
-            "need them as they are. Load the base with rescale_every=0, which gives the same results."
-        )
+    if base.config.model_type in _STATEFUL and getattr(base.config, "rescale_every", 1) > 0:
+        raise UnsupportedModelError(f"{type(base).__name__} {_STATEFUL[base.config.model_type]}")
     if adapter_layers(base):
         raise UnsupportedModelError(
             f"This {type(base).__name__} already carries an adapter, so its frozen weights are not the base's alone. "

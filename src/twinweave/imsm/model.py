@@ -21,7 +21,7 @@ from ..fingerprint import fingerprint
 from . import saving
 from .adapters import adapters_off, dropout_off
 from .anatomy import decoder_of, examine
-from .cache import TwinCache, is_empty
+from .cache import TwinCache, is_empty, length_of
 from .checks import adapted_behind, check_adapter, check_base, misfit, take_adapter_out
 from .config import IMSMConfig
 from .gate import MemoryGate
@@ -139,7 +139,8 @@ class IMSMModel(PeftModelForCausalLM):
 
     def _before_decoder(self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._twin.idle()
-        cache, prompted = kwargs.get("past_key_values"), self._prompted()
+        args, kwargs = self._twin.named(args, kwargs)
+        cache, prompted = kwargs.get(self._twin.cache_name), self._prompted()
         if self._call.places is not None:
             self._prepare_labels(self._call, self._call.places, args, kwargs)
             if self._call.without_graph:
@@ -160,6 +161,7 @@ class IMSMModel(PeftModelForCausalLM):
     def _after_decoder(
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
+        args, kwargs = self._twin.named(args, kwargs)
         if prompted := self._prompted():
             args, (kwargs, output) = (), prompted.leave(output)
         if self._call.places is not None:
@@ -181,7 +183,7 @@ class IMSMModel(PeftModelForCausalLM):
             call.frozen = self._frozen_at_labels(places, args, kwargs)
 
     def _frozen_at_labels(self, places: LabelPlaces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FrozenStates:
-        alone = {"use_cache": False, "past_key_values": None}
+        alone = {"use_cache": False, self._twin.cache_name: None}
         kwargs = kwargs | {name: value for name, value in alone.items() if name in kwargs}
         return read_frozen(self._twin.frozen_pass(args, kwargs)[0], places)
 
@@ -279,7 +281,7 @@ class IMSMModel(PeftModelForCausalLM):
         if self._is_prompt_learning:
             call.task_ids = kwargs.pop("task_ids", None)
         if logits_at_labels or rehearse:
-            call.places = _places(source, labels, mask, query_mask, self._shifted, kwargs.get("past_key_values"))
+            call.places = _places(source, labels, mask, query_mask, self._shifted, kwargs.get(self._twin.cache_name))
             labels = call.places.targets if not rehearse else None
             if frozen is not None:
                 check_frozen(frozen, call.places, self.gate.hidden_size)
@@ -367,7 +369,7 @@ class IMSMModel(PeftModelForCausalLM):
             if kwargs.get("attention_mask") is None and not prompt.is_floating_point():
                 kwargs["attention_mask"] = self._mask_of_prompt(prompt, kwargs)
             call.attention_mask = kwargs.get("attention_mask")
-            call.prompt_columns = _prompt_columns(prompt, call.attention_mask, kwargs.get("past_key_values"))
+            call.prompt_columns = _prompt_columns(prompt, call.attention_mask, kwargs.get(self._twin.cache_name))
             if query_mask is not None and query_mask.shape != (prompt.shape[0], call.prompt_columns):
                 raise UsageError(
                     f"query_mask is {list(query_mask.shape)}; the prompt, with what is in the cache, is "
@@ -389,7 +391,7 @@ class IMSMModel(PeftModelForCausalLM):
 
         pad, eos = setting("pad_token_id"), setting("eos_token_id")
         eos_ids = eos if isinstance(eos, (list, tuple)) else [eos]
-        if pad is None or pad in eos_ids or kwargs.get("past_key_values") is not None:
+        if pad is None or pad in eos_ids or kwargs.get(self._twin.cache_name) is not None:
             return None
         return prompt.ne(pad).long()
 
@@ -521,5 +523,5 @@ def _places(
 def _prompt_columns(prompt: Tensor, mask: Tensor | None, cache: Any) -> int:
     """How many columns the query of this `generate` spans, those already in the cache included."""
     columns = max(prompt.shape[1], mask.shape[1] if mask is not None else 0)
-    seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    seen = length_of(cache) if isinstance(cache, Cache) else 0
     return columns if columns > seen else seen + prompt.shape[1]  # only the new tokens were passed
