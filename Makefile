@@ -3,7 +3,7 @@ PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check -q
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test check clean
+.PHONY: demo test check contract clean
 
 demo: .venv/installed
 	.venv/bin/twinweave demo
@@ -15,6 +15,10 @@ check: .venv/installed-test
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+
+# Every architecture and every PEFT type; resumes where it was stopped. NAMES="llama gpt2" runs those alone.
+contract: .venv/installed-test
+	OMP_NUM_THREADS=1 PYTHONPATH=tests .venv/bin/python -m contract $(NAMES)
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis runs

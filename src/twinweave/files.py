@@ -98,8 +98,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     if not path.is_file():
         raise DamagedFileError(f"{path} does not exist.")
     with path.open("rb") as file:
-        head = file.read(4)
-    if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        head = file.read(9)
+    # a safetensors file starts with the length of its header, which may well look like the start of a pickle
+    if not head.endswith(b"{") and head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         raise DamagedFileError(
             f"{path} is a pickle under the name of a safetensors file. It is refused, since loading a pickle can run "
             "any code. Save it again as safetensors where you trust it."

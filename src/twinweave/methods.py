@@ -17,7 +17,7 @@ from .baselines import adapter_rehearsal, corda_model, ewc, l2_sp, lwf, oft_mode
 from .errors import BaseMismatchError, DamagedFileError, RecipeError, UnsupportedModelError, UsageError, unknown_name
 from .files import read_safetensors
 from .imsm import IMSMConfig, IMSMModel, get_imsm_model
-from .imsm.checks import check_adapter, check_base
+from .imsm.checks import check_base, check_plain_adapter
 from .rehearsal import MakeTerm, Materials, gate_rehearsal
 
 
@@ -97,7 +97,7 @@ def _plain(
     check_base(base)
     if isinstance(adapter, SavedAdapter):
         return load_plain(adapter.path, base, is_trainable=adapter.train)
-    check_adapter(adapter)
+    check_plain_adapter(adapter)
     with _refusals(base):
         return get_peft_model(base, adapter)
 
@@ -111,7 +111,7 @@ def _own(make: Callable[[PreTrainedModel, PeftConfig, Materials | None], PeftMod
         check_base(base)
         if isinstance(adapter, SavedAdapter):
             raise RecipeError("peft.path: a method with an adapter of its own cannot go on from a saved one.")
-        check_adapter(adapter)
+        check_plain_adapter(adapter)
         with _refusals(base):
             model = make(base, adapter, materials)
         if not model.get_nb_trainable_parameters()[0]:

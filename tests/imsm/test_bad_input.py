@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, PromptTuningConfig
+from peft import KasaConfig, LoftQConfig, XLoraConfig
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -86,9 +86,9 @@ def test_target_modules_that_the_adapter_cannot_change(make_base, make_peft, ids
     [
         ({"bias": "all"}, "bias='all'"),
         ({"bias": "lora_only"}, "bias='lora_only'"),
-        ({"init_lora_weights": "pissa"}, "pissa"),
-        ({"init_lora_weights": "pissa_niter_4"}, "pissa"),
-        ({"init_lora_weights": "olora"}, "olora"),
+        ({"init_lora_weights": "loftq", "loftq_config": LoftQConfig()}, "loftq"),
+        ({"kasa_config": KasaConfig()}, "kasa_config"),
+        ({"layer_replication": [(0, 2), (1, 2)]}, "layer_replication"),
         ({"task_type": "SEQ_CLS"}, "SEQ_CLS"),
         ({"modules_to_save": ["lm_head"]}, "lm_head"),
         ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
@@ -102,11 +102,10 @@ def test_adapters_that_change_the_base_or_what_both_memories_share(changes, word
     still_usable(base, make_base, make_peft, ids)
 
 
-@pytest.mark.parametrize("config", [PromptTuningConfig, PrefixTuningConfig])
-def test_adapters_that_add_virtual_tokens(config, make_base, make_peft, ids):
+def test_adapters_that_run_the_model_by_themselves(make_base, make_peft, ids, tmp_path):
     base = make_base()
-    with pytest.raises(UnsupportedModelError, match="virtual tokens"):
-        get_imsm_model(base, config(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(UnsupportedModelError, match="XLORA"):
+        get_imsm_model(base, XLoraConfig(task_type="CAUSAL_LM", hidden_size=32, adapters={"0": str(tmp_path)}))
     still_usable(base, make_base, make_peft, ids)
 
 

@@ -10,25 +10,24 @@ import os
 from collections.abc import Sequence
 from copy import deepcopy
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, PeftModelForCausalLM
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..imsm.adapters import adapter_layers, adapters_off, dropout_off
+from ..imsm.starts import START, save_joined
 from ..progress import track
 from ..rehearsal import RehearsalRows
 from ..rehearsal.terms import Materials
 from .own_adapters import rank_of, where_of
 
 COVARIANCE_ROWS = 256
-_TRAINED, _START = "default", "start"
+_TRAINED, _START = "default", START
 
 
 class CordaModel(PeftModelForCausalLM):
@@ -42,22 +41,7 @@ class CordaModel(PeftModelForCausalLM):
         **kwargs: Any,
     ) -> None:
         """`adapter_config.json` and `adapter_model.safetensors` of a LoRA of twice the rank."""
-        if not is_main_process:
-            return
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        trained, start = (
-            get_peft_model_state_dict(self, state_dict=state_dict, adapter_name=name) for name in (_TRAINED, _START)
-        )
-        joined = {
-            name: _joined(name, tensor, start[name]) if name in start else tensor.detach().cpu().contiguous()
-            for name, tensor in trained.items()
-        }
-        self.create_or_update_model_card(str(folder))
-        save_file(joined, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = self.peft_config[_TRAINED]
-        assert isinstance(config, LoraConfig)
-        _doubled(config).save_pretrained(str(folder))
+        save_joined(self, save_directory, is_main_process, state_dict)
 
 
 def corda_model(base: PreTrainedModel, peft_config: PeftConfig, materials: Materials | None) -> CordaModel:
@@ -96,21 +80,6 @@ def _lora_config(peft_config: PeftConfig) -> LoraConfig:
 def _frozen(config: LoraConfig) -> LoraConfig:
     config = deepcopy(config)
     config.lora_dropout, config.modules_to_save = 0.0, None
-    return config
-
-
-def _joined(name: str, tensor: Tensor, start: Tensor) -> Tensor:
-    return torch.cat([tensor, start], dim=0 if "lora_A" in name else 1).detach().cpu().contiguous()
-
-
-def _doubled(config: LoraConfig) -> LoraConfig:
-    """The configuration of a LoRA with twice the rank and the same scaling."""
-    config = deepcopy(config)
-    factor = math.sqrt(2) if config.use_rslora else 2
-    config.r, config.lora_alpha = 2 * config.r, factor * config.lora_alpha  # type: ignore[assignment]
-    config.rank_pattern = {name: 2 * rank for name, rank in (config.rank_pattern or {}).items()}
-    config.alpha_pattern = {name: factor * alpha for name, alpha in (config.alpha_pattern or {}).items()}
-    config.inference_mode = True
     return config
 
 

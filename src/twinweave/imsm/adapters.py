@@ -10,10 +10,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
+from .switches import SwitchableAttention
+
 
 def adapter_layers(model: nn.Module) -> list[nn.Module]:
-    """Every layer of `model` that PEFT can switch off."""
-    return [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    """Every layer of `model` that can be switched off."""
+    kinds = (BaseTunerLayer, AuxiliaryTrainingWrapper, SwitchableAttention)
+    return [m for m in model.modules() if isinstance(m, kinds)]
 
 
 @contextmanager

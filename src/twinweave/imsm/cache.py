@@ -6,11 +6,13 @@ Knows nothing about gates or adapters. A cache becomes a TwinCache in place, by 
 
 import copy
 import functools
+import inspect
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
 
 from .memory import QueryState
 
@@ -43,10 +45,10 @@ class TwinCache(Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last tokens (transformers counts them negatively)."""
-        before = self.get_seq_length()
+        before = length_of(self)
         super().crop(tokens_to_remove)
         if self.query is not None:
-            self.query.crop(before - self.get_seq_length())
+            self.query.crop(before - length_of(self))
 
     def reset(self) -> None:
         """Forget everything; the memory stays allocated."""
@@ -116,7 +118,7 @@ class StackedCache(TwinCache):
 
     def _rows_by_layer(self, rows: Tensor) -> list[tuple[Any, Tensor]]:
         both = torch.cat((rows, rows + self.rows))
-        return [(layer, rows if i < self.trunk else both) for i, layer in enumerate(self.layers)]
+        return [(layer, rows if i < self.trunk else both) for i, layer in enumerate(layers_of(self))]
 
     def _keep(self, rows: Tensor) -> None:
         self.rows = len(rows)
@@ -126,7 +128,7 @@ class StackedCache(TwinCache):
 
 def pair(cache: Cache, original: Cache) -> PairedCache:
     """Turn `cache` (the enhanced memory's) into a PairedCache that carries `original`. The same object is returned."""
-    twin = cast(PairedCache, _become(cache, PairedCache))
+    twin = cast(PairedCache, become(cache, PairedCache))
     twin.original, twin.query = original, None
     return twin
 
@@ -139,22 +141,49 @@ def pair_with_empty_copy(cache: Cache) -> PairedCache:
 
 def stack(cache: Cache, trunk: int, rows: int) -> StackedCache:
     """Turn `cache`, in which both memories of `rows` rows are or will be, into a StackedCache. The same object."""
-    twin = cast(StackedCache, _become(cache, StackedCache))
+    twin = cast(StackedCache, become(cache, StackedCache))
     twin.trunk, twin.rows, twin.query = trunk, rows, None
     return twin
 
 
 def is_empty(cache: Any) -> bool:
     """Whether nothing has been written into the cache yet."""
-    return int(cache.get_seq_length()) == 0
+    return length_of(cache) == 0
+
+
+def length_of(cache: Any) -> int:
+    """How many columns have been written into the cache."""
+    if any(isinstance(layer, CacheLayerMixin) for layer in layers_of(cache)):
+        return int(cache.get_seq_length())
+    query = getattr(cache, "query", None)  # layers of linear attention keep a state and do not count
+    if query is not None:
+        return cast(int, query.columns)
+    return int(any(_has_state(layer) for layer in layers_of(cache)))
+
+
+def _has_state(layer: Any) -> bool:
+    return any(getattr(layer, "has_previous_state", {}).values())
+
+
+def cache_name(decoder: nn.Module) -> str:
+    """What the decoder calls the cache it is given and gives back."""
+    known = inspect.signature(decoder.forward).parameters
+    return next((name for name in ("past_key_values", "cache_params", "cache") if name in known), "past_key_values")
 
 
 def is_allocated(cache: Cache) -> bool:
     """Whether the cache has memory for a number of rows already."""
-    return any(getattr(layer, "is_initialized", False) for layer in getattr(cache, "layers", ()))
+    return any(getattr(layer, "is_initialized", False) for layer in layers_of(cache))
 
 
-def _become(cache: Cache, form: type[TwinCache]) -> TwinCache:
+def layers_of(cache: Any) -> list[Any]:
+    """The layers in which a cache keeps what the decoder has seen of its own tokens."""
+    found = getattr(cache, "layers", None)
+    return cast(list[Any], cache.self_attention_cache.layers) if found is None else cast(list[Any], found)
+
+
+def become(cache: Cache, form: type[TwinCache]) -> TwinCache:
+    """Give `cache` the operations of `form`. The same object is returned."""
     cache.__class__ = _class_of(form, type(cache))  # type: ignore[arg-type]
     return cast(TwinCache, cache)
 

@@ -5,14 +5,22 @@ Knows nothing about how the memories are woven.
 
 from typing import Any
 
-from peft import PeftConfig, TaskType
+from peft import PeftConfig, PeftType, TaskType
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
 from .adapters import adapter_layers
+from .anatomy import decoder_of
+from .starts import moved_start
 
-_STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Models that change something of themselves while they run.
+_STATEFUL = {
+    "rwkv": "divides its own weights in place whenever it goes from training to evaluation, and both memories need "
+    "them as they are. Load the base with rescale_every=0, which gives the same results.",
+    "recurrent_gemma": "keeps what it has read in its own modules instead of a cache, where there is room for one "
+    "memory only. Take a model whose state is in its cache.",
+}
 
 
 def check_base(base: Any) -> None:
@@ -22,7 +30,7 @@ def check_base(base: Any) -> None:
         fault = "is not a transformers model"
     elif not base.can_generate() or base.get_output_embeddings() is None:
         fault = "has no language-model head"
-    elif base.get_decoder() in (None, base):
+    elif decoder_of(base) is None:
         fault = "has no decoder of its own below its head"
     elif base.config.is_encoder_decoder:
         fault = "is an encoder-decoder"
@@ -31,6 +39,8 @@ def check_base(base: Any) -> None:
             f"{type(base).__name__} {fault}, so its memories cannot be woven. Load the base with "
             "AutoModelForCausalLM.from_pretrained."
         )
+    if base.config.model_type in _STATEFUL and getattr(base.config, "rescale_every", 1) > 0:
+        raise UnsupportedModelError(f"{type(base).__name__} {_STATEFUL[base.config.model_type]}")
     if adapter_layers(base):
         raise UnsupportedModelError(
             f"This {type(base).__name__} already carries an adapter, so its frozen weights are not the base's alone. "
@@ -39,22 +49,27 @@ def check_base(base: Any) -> None:
 
 
 def check_adapter(peft_config: PeftConfig) -> None:
-    """Raise UnsupportedModelError for adapters that change the sequence or the base's own weights."""
-    if peft_config.is_prompt_learning:
+    """Raise UnsupportedModelError for adapters that change the base's own weights, or need a run of it to start."""
+    if peft_config.peft_type == PeftType.XLORA:
         raise UnsupportedModelError(
-            f"{_name_of(peft_config)} adds virtual tokens to the sequence, which the twin does not support yet. "
-            "Use an adapter inside the layers (LoRA, DoRA, IA3, AdaLoRA, OFT, …)."
+            "XLORA runs the whole model twice, once to choose among finished adapters, and refuses a cache, so it "
+            "cannot be one of two memories. Use one of its adapters, or train a new one."
         )
     if peft_config.task_type != TaskType.CAUSAL_LM:
         raise UnsupportedModelError(
             f"The adapter's task_type is {peft_config.task_type!r}; a causal model needs task_type='CAUSAL_LM'."
         )
-    start = str(getattr(peft_config, "init_lora_weights", True)).lower()
-    if start.startswith(_STARTS_THAT_CHANGE_THE_BASE):
+    if str(getattr(peft_config, "init_lora_weights", True)).lower() == "loftq":
         raise UnsupportedModelError(
-            f"init_lora_weights={start!r} moves part of the base's weights into the adapter, and the base must stay as "
-            "it is. Use True, 'gaussian', 'eva' or 'orthogonal'."
+            "init_lora_weights='loftq' puts a quantised copy in the place of the base's weights, and the base must "
+            "stay as it is. Quantise the base when it is loaded, and use True, 'pissa' or 'olora'."
         )
+    for name in ("kasa_config", "layer_replication"):
+        if getattr(peft_config, name, None) is not None:
+            raise UnsupportedModelError(
+                f"{name} changes the base itself (its weights, or which blocks it has), and the base must stay as it "
+                "is. Leave it out."
+            )
     bias = getattr(peft_config, "bias", "none")
     if bias not in ("none", None, False):
         raise UnsupportedModelError(
@@ -62,19 +77,48 @@ def check_adapter(peft_config: PeftConfig) -> None:
         )
 
 
+def check_plain_adapter(peft_config: PeftConfig) -> None:
+    """Raise UnsupportedModelError for adapters that only the IMSM methods can be trained with: plain PEFT's logits
+    have columns for virtual tokens, and it makes some starts out of the base's weights."""
+    check_adapter(peft_config)
+    if start := moved_start(peft_config):
+        raise UnsupportedModelError(
+            f"init_lora_weights={start!r} moves part of the base's weights into the adapter, and without IMSM the base "
+            "must stay as it is too. Use True, 'gaussian', 'eva' or 'orthogonal'."
+        )
+    if peft_config.is_prompt_learning:
+        raise UnsupportedModelError(
+            f"{_name_of(peft_config)} adds virtual tokens to the sequence, which only the IMSM methods can be trained "
+            "with here. Use one of those, or an adapter inside the layers (LoRA, DoRA, IA3, AdaLoRA, OFT, …)."
+        )
+
+
+def check_goes_on(peft_config: PeftConfig) -> None:
+    """Raise UnsupportedModelError for a saved adapter that cannot be trained further: only its result was saved."""
+    made = peft_config.peft_type in (PeftType.P_TUNING, PeftType.CPT) or getattr(
+        peft_config, "prefix_projection", False
+    )
+    if made:
+        raise UnsupportedModelError(
+            f"A saved {_name_of(peft_config)} holds what its encoder made, not the encoder, so it cannot be trained "
+            "on. Load it with is_trainable=False; a run that was stopped goes on from its own checkpoints."
+        )
+
+
 def adapted_behind(decoder: nn.Module, base: nn.Module) -> list[str]:
     """The names of adapted layers outside the decoder: they would read the woven state, and neither memory could be
     had alone."""
-    woven = set(adapter_layers(decoder))
-    return [name for name, m in base.named_modules() if m in set(adapter_layers(base)) - woven]
+    shared = set(adapter_layers(base)) - set(adapter_layers(decoder))
+    return [name for name, module in base.named_modules() if module in shared]
 
 
 def take_adapter_out(base: nn.Module) -> None:
     """Put the base's own layers back where adapted ones are."""
+    adapted = set(adapter_layers(base))
     for name, module in list(base.named_modules()):
-        if module in adapter_layers(base):
-            own = module.original_module if hasattr(module, "original_module") else module.base_layer
-            base.set_submodule(name, own)
+        if module in adapted:
+            names = ("original_module", "base_layer", "model")
+            base.set_submodule(name, next(getattr(module, n) for n in names if hasattr(module, n)))
 
 
 def misfit(base: PreTrainedModel, peft_config: PeftConfig, error: Exception) -> UnsupportedModelError:

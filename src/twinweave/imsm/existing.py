@@ -18,6 +18,7 @@ from ..fingerprint import fingerprint
 from . import saving
 from .adapters import adapter_layers
 from .checks import check_adapter, check_base
+from .starts import moved_start
 
 if TYPE_CHECKING:
     from .model import IMSMModel
@@ -60,7 +61,7 @@ def taken_from(model: PeftModel) -> tuple[PreTrainedModel, PeftConfig, Weights]:
     ((name, config),) = model.peft_config.items()
     config = deepcopy(config)
     config.inference_mode = False
-    check_adapter(config)
+    _check_trained(config)
     weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     weights = {key: tensor.detach().clone() for key, tensor in weights.items()}
     tuner: Any = model.base_model
@@ -77,6 +78,7 @@ def read_from(path: str | os.PathLike[str], base: PreTrainedModel) -> tuple[Path
     folder = saving.local_folder(path, None)
     saving.check_adapter_files(folder)
     config = saving.read_adapter_config(folder)
+    _check_trained(config)
     if (folder / saving.CONFIG_NAME).is_file():
         saving.check_recorded_base(folder, fingerprint(base))
     recorded, given = config.base_model_name_or_path, base.__dict__.get("name_or_path")
@@ -88,6 +90,21 @@ def read_from(path: str | os.PathLike[str], base: PreTrainedModel) -> tuple[Path
         )
     config.inference_mode = False  # as every saved one says
     return folder, config
+
+
+def _check_trained(config: PeftConfig) -> None:
+    """Raise UnsupportedModelError for a trained adapter that cannot be taken over."""
+    check_adapter(config)
+    if start := moved_start(config):
+        raise UnsupportedModelError(
+            f"This adapter began with init_lora_weights={start!r}, so it belongs to a base without its start. Save it "
+            "with PEFT's path_initial_model_for_weight_conversion: that is an adapter of the base as it is."
+        )
+    if config.is_prompt_learning:
+        raise UnsupportedModelError(
+            f"{config.peft_type} adds virtual tokens, and a trained prompt cannot be taken over. Give its "
+            "configuration, for a fresh one, or an adapter inside the layers."
+        )
 
 
 def give_weights(model: "IMSMModel", source: Weights | Path, adapter_name: str) -> None:

@@ -36,12 +36,12 @@ class LabelPlaces:
     """Where in a batch [B, T] labels are predicted, and from which query. Made by `find_places`."""
 
     shape: tuple[int, int]  # B, T
-    flat: Tensor  # long [N], into the B·T positions: the state at t predicts label t + 1
+    flat: Tensor  # long [N], into the B·T positions whose states predict the labels
     query_of: Tensor  # long [N], into the M queries
     ends: Tensor  # long [B, K]: the column before which each of a row's queries ends; 0 where a row has fewer
     slots: Tensor  # long [M], into the B·K entries of `ends`
     included: Tensor  # bool [B, T]: tokens that may be part of a query
-    targets: Tensor  # long [1, N + 1]: the labels, behind one that is ignored
+    targets: Tensor  # long [1, N + 1]: the labels, behind one that is ignored (in front of it if not shifted)
 
     @property
     def count(self) -> int:
@@ -69,9 +69,12 @@ class LabelPlaces:
             return means.flatten(0, 1).index_select(0, self.slots)
 
 
-def find_places(labels: Tensor, attention_mask: Tensor | None = None, query_mask: Tensor | None = None) -> LabelPlaces:
+def find_places(
+    labels: Tensor, attention_mask: Tensor | None = None, query_mask: Tensor | None = None, shifted: bool = True
+) -> LabelPlaces:
     """Where logits are needed and what is asked there; everything [B, T]. `query_mask` wins over the labels.
 
+    `shifted`: the state at t predicts label t + 1, as in most models, and not label t.
     Raises UsageError for masks of another shape.
     """
     for name, mask in (("attention_mask", attention_mask), ("query_mask", query_mask)):
@@ -81,7 +84,7 @@ def find_places(labels: Tensor, attention_mask: Tensor | None = None, query_mask
     masks = [everything if mask is None else mask.to(labels.device).bool() for mask in (attention_mask, query_mask)]
     labelled, attended, asked = torch.stack((labels != IGNORED, *masks)).cpu()
     included = attended & asked
-    rows, columns = labelled[:, 1:].nonzero(as_tuple=True)
+    rows, columns = (labelled[:, 1:] if shifted else labelled).nonzero(as_tuple=True)
     if query_mask is None:
         ends = ends_of_labels(torch.where(labelled, 0, IGNORED), attended)[rows, columns]
     else:
@@ -98,6 +101,7 @@ def find_places(labels: Tensor, attention_mask: Tensor | None = None, query_mask
     table[slots] = query_ends
     device = labels.device
     flat = (rows * labels.shape[1] + columns).to(device)
+    behind = 1 if shifted else 0
     return LabelPlaces(
         shape=(labels.shape[0], labels.shape[1]),
         flat=flat,
@@ -105,7 +109,7 @@ def find_places(labels: Tensor, attention_mask: Tensor | None = None, query_mask
         ends=table.view(-1, most).to(device),
         slots=slots.to(device),
         included=included.to(device),
-        targets=pad(labels.flatten().index_select(0, flat + 1), (1, 0), value=IGNORED).unsqueeze(0),
+        targets=pad(labels.flatten().index_select(0, flat + behind), (behind, 1 - behind), value=IGNORED).unsqueeze(0),
     )
 
 

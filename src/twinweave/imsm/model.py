@@ -8,10 +8,12 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, Literal, get_args
+from functools import partial
+from typing import Any, Literal, cast, get_args
 
 import torch
 from peft import PeftConfig, PeftModel, PeftModelForCausalLM, TaskType
+from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
@@ -20,7 +22,8 @@ from ..errors import UnsupportedModelError, UsageError, unknown_name
 from ..fingerprint import fingerprint
 from . import card, existing, saving
 from .adapters import adapters_off, dropout_off
-from .cache import TwinCache, is_empty
+from .anatomy import decoder_of, examine
+from .cache import TwinCache, is_empty, length_of
 from .checks import adapted_behind, check_adapter, check_base, misfit, take_adapter_out
 from .config import IMSMConfig
 from .gate import MemoryGate
@@ -38,7 +41,10 @@ from .labels import (
 )
 from .output import with_entries
 from .quantized import keep_differentiable
+from .starts import START, activate, give_start, moved_start, save_joined, without_start
+from .switches import follow_labels, make_switchable
 from .twin import Plan, Twin
+from .virtual import PromptedCache, PromptedTwin
 from .weave import Call, weave, with_last_hidden_state
 
 SUPPORTED_PEFT_TASKS["text-generation"].append("IMSMModel")  # or `pipeline` complains, though it works
@@ -72,13 +78,22 @@ def get_imsm_model(
         peft_config.task_type = TaskType.CAUSAL_LM
     check_adapter(peft_config)
     peft_config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
+    usual = without_start(peft_config) if moved_start(peft_config) else peft_config
     try:
-        model = IMSMModel(base, peft_config, imsm_config or IMSMConfig(), adapter_name, **peft_kwargs)
+        model = IMSMModel(base, usual, imsm_config or IMSMConfig(), adapter_name, **peft_kwargs)
     except (ValueError, TypeError) as error:
         take_adapter_out(base)  # PEFT may have come to some layers already
+        if "gradient checkpointing" in str(error):
+            raise UnsupportedModelError(f"{error} Train without it, or use another adapter.") from error
         if "arget module" not in str(error) and "target_modules" not in str(error):
             raise
         raise misfit(base, peft_config, error) from error
+    if moved_start(peft_config):
+        try:
+            give_start(model, peft_config, adapter_name)
+        except UnsupportedModelError:
+            model.unload()
+            raise
     if trained is not None:
         existing.give_weights(model, trained, adapter_name)
     if not train_adapter:
@@ -107,7 +122,8 @@ class IMSMModel(PeftModelForCausalLM):
     ) -> None:
         keep_differentiable(base)
         base_fingerprint = fingerprint(base)  # before the adapter adds its own parameters
-        decoder, head = base.get_decoder(), base.get_output_embeddings()
+        anatomy = examine(base, decoder_of(base) or base)
+        decoder, head = anatomy.decoder, base.get_output_embeddings()
         super().__init__(base, peft_config, adapter_name=adapter_name, **peft_kwargs)
         outside = adapted_behind(decoder, base)
         if outside:
@@ -119,36 +135,53 @@ class IMSMModel(PeftModelForCausalLM):
         self.imsm_config = imsm_config
         self.base_fingerprint = base_fingerprint
         self.retention = float(imsm_config.retention)
-        width = getattr(head, "in_features", None) or head.weight.shape[-1]
-        self.gate = MemoryGate(width, imsm_config).to(head.weight.device)
+        self.gate = MemoryGate(anatomy.width, imsm_config).to(head.weight.device)
         self.register_module("guard", None)
-        self._twin = Twin(decoder)
         self._memory: Memory = "interwoven"
         self._call = Call()
+        self._twin = self._twin_of(decoder)
+        follow_labels(self.base_model, self)
+        self._shifted = anatomy.shifted
         self._hooks = (
             decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             decoder.register_forward_hook(self._after_decoder, with_kwargs=True),
         )
 
+    def _twin_of(self, decoder: torch.nn.Module, plan: Plan = "auto") -> Twin:
+        if self._is_prompt_learning:
+            return PromptedTwin(self, decoder, plan)
+        make_switchable(decoder)
+        return Twin(decoder, plan)
+
     # --- the weave ----------------------------------------------------------------------------------------------
 
-    def _before_decoder(self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before_decoder(self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._twin.idle()
+        args, kwargs = self._twin.named(args, kwargs)
+        cache, prompted = kwargs.get(self._twin.cache_name), self._prompted()
         if self._call.places is not None:
             self._prepare_labels(self._call, self._call.places, args, kwargs)
             if self._call.without_graph:
                 torch.set_grad_enabled(False)  # until the decoder's end
         elif self._memory == "interwoven":
             self._twin.begin(args, kwargs)
-        elif isinstance(kwargs.get("past_key_values"), TwinCache):
+        elif isinstance(cache, TwinCache) and not (prompted and isinstance(cache, PromptedCache)):
             raise UsageError(
                 f"This cache holds both memories and cannot be continued with use_memory('{self._memory}'). "
                 "Start that memory with a cache of its own."
             )
+        return prompted.enter(args, kwargs, self._call.task_ids, self._memory == "enhanced") if prompted else None
+
+    def _prompted(self) -> PromptedTwin | None:
+        """The twin, where the decoder's own run has virtual tokens in it."""
+        return self._twin if isinstance(self._twin, PromptedTwin) and self._memory != "original" else None
 
     def _after_decoder(
         self, decoder: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
+        args, kwargs = self._twin.named(args, kwargs)
+        if prompted := self._prompted():
+            args, (kwargs, output) = (), prompted.leave(output)
         if self._call.places is not None:
             if self._call.without_graph:
                 torch.set_grad_enabled(True)
@@ -168,7 +201,7 @@ class IMSMModel(PeftModelForCausalLM):
             call.frozen = self._frozen_at_labels(places, args, kwargs)
 
     def _frozen_at_labels(self, places: LabelPlaces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FrozenStates:
-        alone = {"use_cache": False, "past_key_values": None}
+        alone = {"use_cache": False, self._twin.cache_name: None}
         kwargs = kwargs | {name: value for name, value in alone.items() if name in kwargs}
         return read_frozen(self._twin.frozen_pass(args, kwargs)[0], places)
 
@@ -280,15 +313,17 @@ class IMSMModel(PeftModelForCausalLM):
             )
         mask = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
         call = Call(attention_mask=mask, query_mask=query_mask, labels=labels, keep_gate=output_gate, frozen=frozen)
+        if self._is_prompt_learning:
+            call.task_ids = kwargs.pop("task_ids", None)
         if logits_at_labels or rehearse:
-            call.places = _places(source, labels, mask, query_mask, kwargs.get("past_key_values"))
+            call.places = _places(source, labels, mask, query_mask, self._shifted, kwargs.get(self._twin.cache_name))
             labels = call.places.targets if not rehearse else None
             if frozen is not None:
                 check_frozen(frozen, call.places, self.gate.hidden_size)
         elif frozen is not None:
             raise UsageError("frozen holds states at label positions: it goes with logits_at_labels=True.")
         with self._calling(call), self._rehearsing(call, rehearse):
-            output = super().forward(
+            output = self._forward(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 inputs_embeds=inputs_embeds,
@@ -306,6 +341,10 @@ class IMSMModel(PeftModelForCausalLM):
         if isinstance(output, tuple):
             return (*output, gate)
         return with_entries(output, gate=gate)
+
+    def _forward(self, **kwargs: Any) -> Any:
+        """PEFT's forward. Where it would add virtual tokens it is passed by: they are added at the decoder."""
+        return self.base_model(**kwargs) if self._is_prompt_learning else super().forward(**kwargs)
 
     @contextmanager
     def _rehearsing(self, call: Call, rehearse: Rehearse | None) -> Iterator[None]:
@@ -343,10 +382,10 @@ class IMSMModel(PeftModelForCausalLM):
 
         All arguments are [B, T]. The result has the states at the N label positions and the M query means.
         """
-        places = _places(input_ids, labels, attention_mask, query_mask)
+        places = _places(input_ids, labels, attention_mask, query_mask, self._shifted)
         call = Call(places=places, only_frozen=True)
         with self.use_memory("original"), dropout_off(self), self._calling(call):
-            super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            self._forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         assert call.frozen is not None
         return call.frozen
 
@@ -364,14 +403,17 @@ class IMSMModel(PeftModelForCausalLM):
             if kwargs.get("attention_mask") is None and not prompt.is_floating_point():
                 kwargs["attention_mask"] = self._mask_of_prompt(prompt, kwargs)
             call.attention_mask = kwargs.get("attention_mask")
-            call.prompt_columns = _prompt_columns(prompt, call.attention_mask, kwargs.get("past_key_values"))
+            call.prompt_columns = _prompt_columns(prompt, call.attention_mask, kwargs.get(self._twin.cache_name))
             if query_mask is not None and query_mask.shape != (prompt.shape[0], call.prompt_columns):
                 raise UsageError(
                     f"query_mask is {list(query_mask.shape)}; the prompt, with what is in the cache, is "
                     f"{[prompt.shape[0], call.prompt_columns]}. Give it that shape."
                 )
+        if self._is_prompt_learning:
+            call.task_ids = kwargs.pop("task_ids", None)
         with self._calling(call):
-            return super().generate(*args, **kwargs)
+            own: Any = self.base_model if self._is_prompt_learning else super()
+            return own.generate(*args, **kwargs)
 
     def _mask_of_prompt(self, prompt: Tensor, kwargs: dict[str, Any]) -> Tensor | None:
         """The attention mask that transformers would infer (padding known, never an EOS), made visible to the gate."""
@@ -383,7 +425,7 @@ class IMSMModel(PeftModelForCausalLM):
 
         pad, eos = setting("pad_token_id"), setting("eos_token_id")
         eos_ids = eos if isinstance(eos, (list, tuple)) else [eos]
-        if pad is None or pad in eos_ids or kwargs.get("past_key_values") is not None:
+        if pad is None or pad in eos_ids or kwargs.get(self._twin.cache_name) is not None:
             return None
         return prompt.ne(pad).long()
 
@@ -403,11 +445,14 @@ class IMSMModel(PeftModelForCausalLM):
     @contextmanager
     def _changing_adapters(self) -> Iterator[None]:
         """The twin knows the adapted layers by heart."""
+        if "_twin" not in self.__dict__:  # PEFT's constructor adds the first adapter of prompt learning
+            yield
+            return
         self._twin.remove()
         try:
             yield
         finally:
-            self._twin = Twin(self._twin.decoder, self._twin.plan)
+            self._twin = self._twin_of(self._twin.decoder, self._twin.plan)
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's `add_adapter`."""
@@ -419,13 +464,29 @@ class IMSMModel(PeftModelForCausalLM):
         with self._changing_adapters():
             super().delete_adapter(adapter_name)
 
+    def set_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's `set_adapter`."""
+        with self._changing_adapters():
+            super().set_adapter(*args, **kwargs)
+            if START in self.peft_config and self.active_adapter == next(iter(self.peft_config)):
+                activate(self, self.active_adapter)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """PEFT's `disable_adapter`: within the block, the base."""
+        with self.use_memory("original"):
+            yield
+
     def unload(self) -> PreTrainedModel:
         """The base model alone again, without adapter, gate and weave; this model is of no use afterwards."""
         self._twin.remove()
         for hook in self._hooks:
             hook.remove()
-        tuner: Any = self.base_model
-        return tuner.unload()
+        base: Any = self.get_base_model()
+        if isinstance(self.base_model, BaseTuner):
+            return cast(PreTrainedModel, self.base_model.unload())
+        take_adapter_out(base)
+        return base
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: it would change the base's weights, and the gate chooses anew at every token."""
@@ -444,7 +505,8 @@ class IMSMModel(PeftModelForCausalLM):
 
         `kwargs` are PEFT's. No base weights are written. Each file appears whole or not at all.
         """
-        saving.save(self, save_directory, super().save_pretrained, **kwargs)
+        own = partial(save_joined, self) if START in self.peft_config else super().save_pretrained
+        saving.save(self, save_directory, own, **kwargs)
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """PEFT's `load_adapter`; for the active adapter, gate and guard saved beside it are loaded with it."""
@@ -488,7 +550,12 @@ class IMSMModel(PeftModelForCausalLM):
 
 
 def _places(
-    source: Tensor | None, labels: Tensor | None, mask: Tensor | None, query_mask: Tensor | None, cache: Any = None
+    source: Tensor | None,
+    labels: Tensor | None,
+    mask: Tensor | None,
+    query_mask: Tensor | None,
+    shifted: bool,
+    cache: Any = None,
 ) -> LabelPlaces:
     """See `find_places`. Raises UsageError for what cannot go with it."""
     if labels is None:
@@ -497,11 +564,11 @@ def _places(
         raise UsageError(f"labels are {list(labels.shape)} and the input {list(source.shape[:2])}; give both [B, T].")
     if isinstance(cache, Cache) and not is_empty(cache):
         raise UsageError("logits_at_labels is for training on whole rows. Leave it out to go on from a cache.")
-    return find_places(labels, mask, query_mask)
+    return find_places(labels, mask, query_mask, shifted)
 
 
 def _prompt_columns(prompt: Tensor, mask: Tensor | None, cache: Any) -> int:
     """How many columns the query of this `generate` spans, those already in the cache included."""
     columns = max(prompt.shape[1], mask.shape[1] if mask is not None else 0)
-    seen = cache.get_seq_length() if isinstance(cache, Cache) else 0
+    seen = length_of(cache) if isinstance(cache, Cache) else 0
     return columns if columns > seen else seen + prompt.shape[1]  # only the new tokens were passed

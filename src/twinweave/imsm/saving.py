@@ -5,7 +5,7 @@ Knows nothing about how the model runs. Files are safetensors and JSON; pickled 
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
 from ..files import atomic_files_into, read_safetensors, write_json_atomic
 from ..fingerprint import BaseFingerprint, fingerprint
-from .checks import check_base
+from .checks import check_base, check_goes_on
 from .config import IMSMConfig
 from .guard import DomainGuard, GuardSettings, misfit_of_guard
 
@@ -114,6 +114,8 @@ def load(
     if not allow_base_mismatch:  # before the base is wrapped, so that it stays as it was
         check_recorded_base(folder, fingerprint(base), ", or pass allow_base_mismatch=True to go on all the same")
     peft_config = read_adapter_config(folder)
+    if is_trainable:
+        check_goes_on(peft_config)
     peft_config.inference_mode = not is_trainable
     model = cls(base, peft_config, IMSMConfig.from_dict(settings["imsm"]))
     try:
@@ -122,13 +124,22 @@ def load(
         raise DamagedFileError(
             f"{folder / ADAPTER_NAME} does not fit {ADAPTER_CONFIG_NAME} beside it: {error}"
         ) from error
-    if result.missing_keys:
+    if missing := _not_loaded(model, result.missing_keys):
         raise DamagedFileError(
-            f"{folder / ADAPTER_NAME} lacks {len(result.missing_keys)} of the adapter's tensors, the first being "
-            f"{result.missing_keys[0]}. Save the model again."
+            f"{folder / ADAPTER_NAME} lacks {len(missing)} of the adapter's tensors, the first being "
+            f"{missing[0]}. Save the model again."
         )
     model.gate.requires_grad_(is_trainable)
     return model.train(is_trainable)
+
+
+def _not_loaded(model: "IMSMModel", missing: Sequence[str]) -> list[str]:
+    """Those of the names that were in no file under any name: layers may share a tensor, which is saved once."""
+    if not missing:
+        return []
+    state = model.state_dict()
+    loaded = {tensor.data_ptr() for name, tensor in state.items() if name not in set(missing)}
+    return [name for name in missing if name not in state or state[name].data_ptr() not in loaded]
 
 
 def load_gate_if_present(model: "IMSMModel", path: Any) -> None:

@@ -169,7 +169,7 @@ class _TurnedLinear(nn.Linear):
             return super().forward(input)
         output = torch.mm(self.weight, input.reshape(-1, self.in_features).t()).t().contiguous()
         output = output if self.bias is None else output + self.bias
-        return output.view(*input.shape[:-1], -1)
+        return output.view(*input.shape[:-1], self.out_features)
 
 
 def _gains_from_turning(module: nn.Module) -> bool:

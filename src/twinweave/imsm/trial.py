@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from .adapters import adapters_off, dropout_off
+from .cache import cache_name
 
 logger = logging.getLogger(__name__)
 
@@ -32,13 +33,13 @@ def same_memories(
     marks = [layer.register_forward_hook(_twice_if_on, prepend=True) for layer in layers]
     try:
         with torch.no_grad(), dropout_off(decoder):
-            caches = [DynamicCache(config=decoder.config) for _ in range(3)]
+            name, caches = cache_name(decoder), [DynamicCache(config=decoder.config) for _ in range(3)]
             for ids, attended in ((prompt, mask[:, :3]), (prompt[:, -1:], mask))[: 1 + tokens]:
                 inputs = {"input_ids": ids, "attention_mask": attended, "use_cache": True}
-                enhanced = decoder.forward(**inputs, past_key_values=caches[0])[0]
+                enhanced = decoder.forward(**inputs, **{name: caches[0]})[0]
                 with adapters_off(layers):
-                    original = decoder.forward(**inputs, past_key_values=caches[1])[0]
-                if not _agree(run(inputs | {"past_key_values": caches[2]}), (original, enhanced), attended):
+                    original = decoder.forward(**inputs, **{name: caches[1]})[0]
+                if not _agree(run(inputs | {name: caches[2]}), (original, enhanced), attended):
                     return False
         return True
     except Exception as error:  # whatever a model does that we did not foresee

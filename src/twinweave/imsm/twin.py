@@ -10,6 +10,7 @@ results (`docs/performance.md` has the measurements):
 """
 
 import copy
+import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,19 @@ from transformers import Cache
 
 from ..errors import UsageError
 from .adapters import adapter_layers, adapters_off, dropout_off
-from .cache import PairedCache, StackedCache, TwinCache, is_allocated, is_empty, pair, pair_with_empty_copy, stack
+from .cache import (
+    PairedCache,
+    StackedCache,
+    TwinCache,
+    cache_name,
+    is_allocated,
+    is_empty,
+    layers_of,
+    length_of,
+    pair,
+    pair_with_empty_copy,
+    stack,
+)
 from .stacked import StackedPass, tuned_half
 from .trial import same_memories
 
@@ -42,6 +55,8 @@ class Twin:
         self.plan: Plan = plan
         self.decoder = decoder
         self.layers = adapter_layers(decoder)
+        self.cache_name = cache_name(decoder)
+        self._arguments = list(inspect.signature(decoder.forward).parameters)
         blocks = _blocks_of(decoder)
         self._trunk = _first_adapted(blocks, self.layers)  # so many blocks are shared by both memories
         self._blocks = blocks
@@ -69,16 +84,20 @@ class Twin:
         if self._stacked is not None:
             self._stacked.begin(0, 0)
 
+    def named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a run, all but the first by their names: some models hand on the cache by position."""
+        return args[:1], dict(zip(self._arguments[1:], args[1:], strict=False)) | kwargs
+
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a woven run, after `idle`: choose its form, and give a fresh cache room for both memories.
 
         Raises UsageError for a cache that only one memory has written to.
         """
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(self.cache_name)
         inputs = _inputs(args, kwargs)
         if isinstance(cache, Cache) and not isinstance(cache, TwinCache) and not is_empty(cache):
             raise UsageError(
-                f"The cache passed as past_key_values already holds {cache.get_seq_length()} tokens of one memory "
+                f"The cache passed as {self.cache_name} already holds {length_of(cache)} tokens of one memory "
                 "only. Pass an empty cache, or one returned by this model with both memories in use."
             )
         if self._takes_one_pass(inputs, cache, kwargs):
@@ -107,11 +126,13 @@ class Twin:
         """
         if self._stacked is not None and self._stacked.rows:
             return self._unstack(self._stacked.rows, kwargs, output)
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(self.cache_name)
         cache = cache if isinstance(cache, PairedCache) else None
         shared = self._trunk if self._trunk_output is not None else 0
-        frozen = self.frozen_pass(args, dict(kwargs, past_key_values=cache.original) if cache is not None else kwargs)
-        return frozen[0], output[0], cache if cache is not None else _pair_outputs(output, frozen, shared)
+        frozen = self.frozen_pass(args, kwargs | {self.cache_name: cache.original} if cache is not None else kwargs)
+        if cache is not None:
+            return frozen[0], output[0], cache
+        return frozen[0], output[0], _pair_outputs(output, frozen, shared, self.cache_name)
 
     def frozen_pass(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The decoder's output on the frozen weights, as a constant: no gradient, no dropout.
@@ -178,7 +199,7 @@ class Twin:
         return original, enhanced
 
     def _replayed_states(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        inputs = inputs | {"past_key_values": None}
+        inputs = inputs | {self.cache_name: None}
         self._capturing = True
         enhanced = self.decoder.forward(**inputs)[0]
         return self.frozen_pass((), inputs)[0], enhanced
@@ -192,9 +213,9 @@ class Twin:
 
     def _unstack(self, rows: int, kwargs: dict[str, Any], output: Any) -> tuple[Tensor, Tensor, TwinCache | None]:
         self.idle()
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(self.cache_name)
         if cache is None:
-            cache = getattr(output, "past_key_values", None)  # the decoder made it for itself
+            cache = getattr(output, self.cache_name, None)  # the decoder made it for itself
         if isinstance(cache, Cache) and not isinstance(cache, TwinCache):
             stack(cache, self._trunk, rows)
         original, enhanced = output[0][:rows], output[0][rows:]
@@ -246,13 +267,13 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     return found if isinstance(found, Tensor) else None
 
 
-def _pair_outputs(output: Any, frozen: Any, shared: int) -> TwinCache | None:
+def _pair_outputs(output: Any, frozen: Any, shared: int, name: str) -> TwinCache | None:
     """Join the caches that the two passes made for themselves (a call that gave none).
 
     `shared`: of so many layers the frozen pass computed nothing, as they are the same.
     """
-    cache, original = getattr(output, "past_key_values", None), getattr(frozen, "past_key_values", None)
+    cache, original = getattr(output, name, None), getattr(frozen, name, None)
     if not isinstance(cache, Cache) or not isinstance(original, Cache):
         return None
-    original.layers[:shared] = [copy.copy(layer) for layer in cache.layers[:shared]]
+    layers_of(original)[:shared] = [copy.copy(layer) for layer in layers_of(cache)[:shared]]
     return pair(cache, original)

@@ -28,6 +28,7 @@ class Call:
     query_mask: Tensor | None = None
     labels: Tensor | None = None
     prompt_columns: int | None = None
+    task_ids: Tensor | None = None  # [B], which of several prompts is to be read
     keep_gate: bool = False
     gate: Tensor | None = None  # [B, T, d], filled in when keep_gate is set
     places: LabelPlaces | None = None  # set: states, gate and logits are wanted at these places only

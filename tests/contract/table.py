@@ -1,0 +1,96 @@
+"""The page that says what works: made from the grid's findings. Knows nothing about how they were found."""
+
+from collections import Counter
+from typing import Any
+
+from .checks import CHECKS
+
+Finding = dict[str, Any]
+TITLES = {"architectures": "Architectures", "peft": "PEFT types", "lora": "LoRA in its variants"}
+INTRODUCTION = {
+    "architectures": "Every model type in transformers' causal-LM mapping, as a tiny model with random weights, with "
+    "LoRA on all linear layers of its decoder.",
+    "peft": "Every PEFT type, on a tiny Llama with random weights.",
+    "lora": "On the same Llama. PiSSA, OLoRA, CorDA and LoRA-GA are compared with PEFT's own in the library's tests: "
+    "there the base's weights change, here they do not, and the two agree up to rounding.",
+}
+
+
+def kind(finding: Finding) -> str:
+    """pass, fail, refused (by a clear error when it is wrapped), or not checked (it does not run without us)."""
+    if "refused" in finding:
+        return "refused"
+    if "broken" in finding or finding["checks"]["base runs"]["status"] != "pass":
+        return "not checked"
+    return "fail" if _of_status(finding, "fail") else "pass"
+
+
+def verdict(finding: Finding) -> str:
+    """One subject in a line."""
+    found = kind(finding)
+    return f"{found}: {reason}" if (reason := reasons(finding)) else found
+
+
+def reasons(finding: Finding) -> str:
+    """Why a subject is anything but a pass in every check."""
+    for word in ("refused", "broken"):
+        if word in finding:
+            return str(finding[word])
+    failed, other = _of_status(finding, "fail"), _of_status(finding, "n/a")
+    parts = [f"{', '.join(checks)}: {note}" for note, checks in failed.items()]
+    parts += [f"{', '.join(checks)} n/a ({note})" for note, checks in other.items()]
+    return "; ".join(parts)
+
+
+def page(found: dict[str, Any], totals: dict[str, int]) -> str:
+    """Markdown for everything found so far; `totals`: how many subjects each grid has."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    lines = [
+        "# Compatibility",
+        "",
+        f"Written by `make contract` ({versions}).",
+        "",
+        f"Each row is put to {len(CHECKS)} checks, listed below. **pass**: every check that applies holds. **n/a**: a "
+        "check does not apply; where it says *upstream*, the base alone or plain PEFT breaks the same promise, found "
+        "by the same measurement without twinweave. **refused**: wrapping raises an error with this reason. **not "
+        "checked**: the base alone, or plain PEFT over it, does not run or learn.",
+    ]
+    for grid, rows in found.items():
+        if grid != "versions":
+            lines += _section(grid, rows, totals[grid])
+    return "\n".join([*lines, *_legend(), ""])
+
+
+def _section(grid: str, rows: dict[str, Finding], total: int) -> list[str]:
+    counts = Counter(kind(finding) for finding in rows.values())
+    summary = ", ".join(f"{counts[k]} {k}" for k in ("pass", "refused", "not checked", "fail"))
+    return [
+        "",
+        f"## {TITLES[grid]}",
+        "",
+        f"{INTRODUCTION[grid]} {len(rows)} of {total} done: {summary}.",
+        "",
+        "| name | result | notes |",
+        "| --- | --- | --- |",
+        *(f"| {name} | {kind(rows[name])} | {_cell(reasons(rows[name]))} |" for name in sorted(rows)),
+    ]
+
+
+def _legend() -> list[str]:
+    described = ((name, (check.__doc__ or "").split("\n\n")[0]) for name, check in CHECKS.items())
+    return ["", "## Checks", "", *(f"- **{name}**: {' '.join(text.split())}" for name, text in described)]
+
+
+def _of_status(finding: Finding, status: str) -> dict[str, list[str]]:
+    """Notes of the checks with this status -> their names."""
+    found: dict[str, list[str]] = {}
+    for name, result in finding["checks"].items():
+        if result["status"] == status:
+            found.setdefault(result["note"], []).append(name)
+    return found
+
+
+def _cell(text: str) -> str:
+    """Fit for one cell of a table."""
+    text = " ".join(text.replace("|", "\\|").split())
+    return text if len(text) <= 400 else f"{text[:397]}…"
