@@ -32,7 +32,7 @@ CHECKED = (
     "enhanced is plain PEFT",
     "causal",
     "cached greedy",
-    "left-padded, guarded",
+    "cached, guarded",
     "stacked",
     "loss",
     "at labels",
