@@ -5,14 +5,13 @@ Knows nothing about training loops, data or evaluation. The arithmetic is in `ga
 """
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
-from peft import PeftConfig, PeftModel, PeftModelForCausalLM, TaskType
+from peft import PeftConfig, PeftModelForCausalLM
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
@@ -20,11 +19,11 @@ from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
 from ..errors import UnsupportedModelError, UsageError, unknown_name
 from ..fingerprint import fingerprint
-from . import card, existing, saving
+from . import card, saving
 from .adapters import adapters_off, dropout_off
 from .anatomy import decoder_of, examine
 from .cache import TwinCache, is_empty, length_of
-from .checks import adapted_behind, check_adapter, check_base, misfit, take_adapter_out
+from .checks import adapted_behind, take_adapter_out
 from .config import IMSMConfig
 from .gate import MemoryGate
 from .guard import DomainGuard
@@ -41,7 +40,7 @@ from .labels import (
 )
 from .output import with_entries
 from .quantized import keep_differentiable
-from .starts import START, activate, give_start, moved_start, save_joined, without_start
+from .starts import START, activate, save_joined
 from .switches import follow_labels, make_switchable
 from .twin import Plan, Twin
 from .virtual import PromptedCache, PromptedTwin
@@ -51,54 +50,6 @@ SUPPORTED_PEFT_TASKS["text-generation"].append("IMSMModel")  # or `pipeline` com
 
 Memory = Literal["original", "enhanced", "interwoven"]
 Rehearse = Literal["gate", "both"]
-
-
-def get_imsm_model(
-    base: PreTrainedModel | PeftModel,
-    peft_config: PeftConfig | str | os.PathLike[str] | None = None,
-    imsm_config: IMSMConfig | None = None,
-    adapter_name: str = "default",
-    *,
-    train_adapter: bool = True,
-    **peft_kwargs: Any,
-) -> "IMSMModel":
-    """Wrap a causal language model: its weights are frozen, an adapter and the gate are trained beside them.
-
-    `peft_config`: a configuration, for a fresh adapter; or the folder (or hub name) of one that plain PEFT has trained;
-    or None, where `base` is a PeftModel around one. `train_adapter=False` leaves a trained adapter as it is: the gate
-    alone learns. `base` is changed in place, as by `peft.get_peft_model` (a PeftModel is taken apart); `peft_kwargs`
-    are that function's (`autocast_adapter_dtype`, `low_cpu_mem_usage`). Raises UnsupportedModelError when the model is
-    no causal LM or the adapter does not fit it, and for saved adapters what `existing.read_from` raises.
-    """
-    base, peft_config, trained = existing.unpack(base, peft_config)
-    if trained is None and not train_adapter:
-        raise UsageError("train_adapter=False is for an adapter that is trained already; a fresh one has to be.")
-    check_base(base)
-    if peft_config.task_type is None:
-        peft_config.task_type = TaskType.CAUSAL_LM
-    check_adapter(peft_config)
-    peft_config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
-    usual = without_start(peft_config) if moved_start(peft_config) else peft_config
-    try:
-        model = IMSMModel(base, usual, imsm_config or IMSMConfig(), adapter_name, **peft_kwargs)
-    except (ValueError, TypeError) as error:
-        take_adapter_out(base)  # PEFT may have come to some layers already
-        if "gradient checkpointing" in str(error):
-            raise UnsupportedModelError(f"{error} Train without it, or use another adapter.") from error
-        if "arget module" not in str(error) and "target_modules" not in str(error):
-            raise
-        raise misfit(base, peft_config, error) from error
-    if moved_start(peft_config):
-        try:
-            give_start(model, peft_config, adapter_name)
-        except UnsupportedModelError:
-            model.unload()
-            raise
-    if trained is not None:
-        existing.give_weights(model, trained, adapter_name)
-    if not train_adapter:
-        existing.freeze_adapter(model)
-    return model
 
 
 class IMSMModel(PeftModelForCausalLM):
