@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from twinweave import IMSMConfig, IMSMModel, get_imsm_model
@@ -175,3 +175,18 @@ def test_nothing_to_train(make_base, make_peft, folder):
     with pytest.raises(UnsupportedModelError, match="no gate to train"):
         get_imsm_model(make_base(), folder, IMSMConfig(fusion="average"), train_adapter=False)
     assert PeftModelForCausalLM.from_pretrained(make_base(), str(folder))
+
+
+@pytest.mark.parametrize("given", ["PeftModel", "folder"])
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (LoraConfig(r=2, init_lora_weights="pissa", task_type="CAUSAL_LM"), "path_initial_model"),
+        (PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"), "virtual tokens"),
+    ],
+)
+def test_adapters_that_do_not_stand_beside_the_base(config, reason, given, make_base, tmp_path):
+    trained = get_peft_model(make_base(), config)
+    trained.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        get_imsm_model(trained) if given == "PeftModel" else get_imsm_model(make_base(), tmp_path)
