@@ -142,10 +142,11 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 OPEN = {"head_dim": HIDDEN // HEADS, "num_key_value_heads": HEADS}
 
 # Linear layers that LoRA cannot take: PEFT refuses Mamba's output projection, whose weight fused kernels read past the
-# layer, and a grouped projection has other shapes than its weight says.
+# layer, a grouped projection has other shapes than its weight says, and a router that is a linear layer gives a tuple.
 _MAMBA = ("out_proj", "conv1d")
 UNADAPTED = dict.fromkeys(("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"), _MAMBA)
-UNADAPTED["deepseek_v4"] = ("o_a_proj",)
+UNADAPTED |= {"deepseek_v4": ("o_a_proj",), "phimoe": ("router",)}
+UNADAPTED |= dict.fromkeys(("llama4", "llama4_text"), ("router",))
 
 LAYERS = ("layer_types", "mlp_layer_types", "layers_block_type")
 

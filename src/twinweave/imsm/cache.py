@@ -4,9 +4,11 @@ Knows nothing about gates or adapters. A cache becomes a TwinCache in place, by 
 `generate` or a user keeps handing on the same object, and every isinstance check and method of its class stays.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -101,7 +103,8 @@ class StackedCache(TwinCache):
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """See TwinCache."""
         for layer, rows in self._rows_by_layer(beam_idx):
-            layer.reorder_cache(rows)
+            with _positions_of_the_caller(layer, beam_idx):
+                layer.reorder_cache(rows)
         self._keep(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
@@ -113,7 +116,8 @@ class StackedCache(TwinCache):
         """See TwinCache."""
         indices = indices.nonzero().squeeze(1) if indices.dtype == torch.bool else indices
         for layer, rows in self._rows_by_layer(indices):
-            layer.batch_select_indices(rows)
+            with _positions_of_the_caller(layer, indices):
+                layer.batch_select_indices(rows)
         self._keep(indices)
 
     def _rows_by_layer(self, rows: Tensor) -> list[tuple[Any, Tensor]]:
@@ -124,6 +128,18 @@ class StackedCache(TwinCache):
         self.rows = len(rows)
         if self.query is not None:
             self.query.select(rows)
+
+
+@contextlib.contextmanager
+def _positions_of_the_caller(layer: Any, rows: Tensor) -> Iterator[None]:
+    """Positions [3, B, T] that a model keeps with the cache itself, outside its blocks, have the caller's rows B."""
+    positions = getattr(layer, "indexer_position_ids", None)
+    if positions is None:
+        yield
+        return
+    layer.indexer_position_ids = None
+    yield
+    layer.indexer_position_ids = positions.index_select(1, rows.to(positions.device))
 
 
 def pair(cache: Cache, original: Cache) -> PairedCache:
