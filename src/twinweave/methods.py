@@ -18,6 +18,8 @@ from .errors import BaseMismatchError, DamagedFileError, RecipeError, Unsupporte
 from .files import read_safetensors
 from .imsm import IMSMConfig, IMSMModel, get_imsm_model
 from .imsm.checks import check_base, check_plain_adapter
+from .imsm.existing import check_trained
+from .imsm.saving import local_folder, read_adapter_config
 from .rehearsal import MakeTerm, Materials, gate_rehearsal
 
 
@@ -96,6 +98,7 @@ def _plain(
 ) -> PeftModel:
     check_base(base)
     if isinstance(adapter, SavedAdapter):
+        check_trained(read_adapter_config(local_folder(adapter.path, None)))
         return load_plain(adapter.path, base, is_trainable=adapter.train)
     check_plain_adapter(adapter)
     with _refusals(base):
@@ -309,6 +312,8 @@ def get_method(name: str) -> Method:
 
 def check_saved(method: Method, adapter: SavedAdapter) -> None:
     """Raise RecipeError for a method that a saved adapter leaves nothing to do. `peft` is then the adapter as it is."""
+    if not adapter.train and method.name == "imsm_average":
+        raise RecipeError("peft.train: imsm_average has no gate, so nothing is left to train. Leave it out.")
     if method.build is None or method.load is _load_woven:
         return
     if method.build is not _plain:

@@ -1,13 +1,15 @@
 """Which of a run's processes this is, and waiting for what the first one makes.
 
 A run started by `accelerate launch` has several processes that do the same; whoever makes a file is the first of them,
-and the others wait until it is there. Not with a barrier: those of a process group end after minutes, and some of what
-is waited for takes hours. Whoever launched the run ends the others when one fails. Knows nothing about what is made.
+and the others wait until it is there. Not with the run's own process group, whose patience ends after minutes: some of
+what is waited for takes hours. Whoever launched the run ends the others when one fails. Knows nothing about what is
+made.
 """
 
 import os
 import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
@@ -43,8 +45,10 @@ def from_first(make: Callable[[], T]) -> T:
     """What `make` gives in the first process of the group, in all of them; called by each where there is no group."""
     if not _in_group():
         return make()
+    patient = distributed.new_group(backend="gloo", timeout=timedelta(days=7))
     held = [make() if is_first() else None]
-    distributed.broadcast_object_list(held, src=0)
+    distributed.broadcast_object_list(held, src=0, group=patient)
+    distributed.destroy_process_group(patient)
     return held[0]  # type: ignore[return-value]
 
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, PeftModelForCausalLM, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PeftModel, PeftModelForCausalLM, PromptTuningConfig, VBLoRAConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from twinweave import IMSMConfig, IMSMModel, get_imsm_model
@@ -190,3 +190,34 @@ def test_adapters_that_do_not_stand_beside_the_base(config, reason, given, make_
     trained.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=reason):
         get_imsm_model(trained) if given == "PeftModel" else get_imsm_model(make_base(), tmp_path)
+
+
+@pytest.mark.parametrize("leave", ["taken over", "unloaded"])
+def test_trained_copies_of_modules_do_not_stay_in_the_base(leave, make_base, make_peft, make_trained, perturb, ids):
+    before = logits(make_base(), ids)
+    if leave == "taken over":
+        model = get_imsm_model(make_trained(modules_to_save=["input_layernorm"])).eval()
+        with model.use_memory("original"):
+            assert torch.equal(logits(model, ids), before)
+    else:
+        model = get_imsm_model(make_base(), make_peft(modules_to_save=["input_layernorm"]))
+        perturb(model)
+        assert torch.equal(logits(model.unload(), ids), before)
+
+
+def test_what_is_refused_leaves_the_trained_adapter_where_it_was(make_trained, ids):
+    trained = make_trained(target_modules=["q_proj", "lm_head"])
+    before = logits(trained, ids)
+    with pytest.raises(UnsupportedModelError, match="lm_head"):
+        get_imsm_model(trained)
+    assert torch.equal(logits(trained, ids), before)
+
+
+def test_layers_that_share_a_tensor_come_from_a_folder(make_base, make_trained, ids, tmp_path):
+    trained = get_peft_model(
+        make_base(), VBLoRAConfig(target_modules=["q_proj"], vector_length=4, num_vectors=8, task_type="CAUSAL_LM")
+    ).eval()
+    trained.save_pretrained(tmp_path)
+    model = get_imsm_model(make_base(), tmp_path).eval()
+    with model.use_memory("enhanced"):
+        assert torch.allclose(logits(model, ids), logits(trained, ids), atol=1e-6)

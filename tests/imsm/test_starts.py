@@ -8,7 +8,7 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file
 
-from twinweave import IMSMConfig, IMSMModel, get_imsm_model
+from twinweave import IMSMConfig, IMSMModel, TwinweaveError, get_imsm_model
 from twinweave.errors import UnsupportedModelError
 from twinweave.imsm.starts import START
 
@@ -138,3 +138,33 @@ def test_starts_that_cannot_be_made_leave_the_base_alone(start, changes, words, 
         get_imsm_model(base, config(start, **changes))
     assert torch.equal(logits(base, ids), logits(make_base(), ids))
     assert torch.equal(logits(get_imsm_model(base, make_peft()).eval(), ids), logits(make_base(), ids))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "reason"),
+    [
+        ("second", {"init_lora_weights": "pissa"}, "first adapter"),
+        ("second", {"target_modules": ["lm_head"]}, "lm_head"),
+        ("imsm_start", {}, "taken"),
+    ],
+)
+def test_no_second_adapter_changes_the_base(name, changes, reason, make_base, make_peft, ids):
+    before = logits(make_base(), ids)
+    model = get_imsm_model(make_base(), make_peft()).eval()
+    expected = logits(model, ids)
+    with pytest.raises(TwinweaveError, match=reason):
+        model.add_adapter(name, make_peft(**changes))
+    assert torch.equal(logits(model, ids), expected)
+    with model.use_memory("original"):
+        assert torch.equal(logits(model, ids), before)
+
+
+def test_a_saved_start_is_loaded_into_the_model_it_came_from(make_base, make_peft, perturb, ids, tmp_path):
+    model = get_imsm_model(make_base(), make_peft(init_lora_weights="pissa")).eval()
+    perturb(model)
+    model.save_pretrained(tmp_path)
+    expected = logits(model, ids)
+    perturb(model)
+    assert not torch.allclose(logits(model, ids), expected)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits(model, ids), expected)

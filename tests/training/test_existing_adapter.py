@@ -1,8 +1,10 @@
 """Recipes that go on from an adapter on disk: what learns, what is left as it is, and what is refused."""
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import tiny_runs
 from twinweave.compare import check_recipe, compare, train
@@ -92,9 +94,35 @@ def test_checked_before_anything_is_trained(world, adapter):
     found = dict(check_recipe(recipe_of(world, adapter, "peft.train=false")))
     assert found["method imsm"].startswith("320 ")
     assert found["method peft"].startswith("0 ")
-    with pytest.raises(UnsupportedModelError, match="no gate to train"):
-        check_recipe(recipe_of(world, adapter, "peft.train=false", "methods=[imsm_average]"))
     weights = adapter / "adapter_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(DamagedFileError, match="pickle"):
         check_recipe(recipe_of(world, adapter))
+
+
+def test_what_leaves_nothing_to_train_is_said_before_a_run(world, adapter):
+    with pytest.raises(RecipeError, match="imsm_average has no gate"):
+        recipe_of(world, adapter, "peft.train=false", "methods=[imsm_average]")
+
+
+def test_another_adapter_in_the_folder_is_another_run(world, adapter):
+    compare(recipe_of(world, adapter, "peft.train=false", "methods=[peft]"))
+    weights = {name: tensor + 1 for name, tensor in weights_of(adapter).items()}
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RecipeError, match="another run: adapter"):
+        compare(recipe_of(world, adapter, "peft.train=false", "methods=[peft, imsm]"))
+
+
+def test_a_start_that_moved_the_base_is_refused_by_every_method(world, adapter):
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa"}))
+    for method in ("peft", "imsm"):
+        with pytest.raises(UnsupportedModelError, match="path_initial_model"):
+            compare(recipe_of(world, adapter, f"methods=[{method}]"))
+
+
+def test_a_method_added_to_a_begun_run_is_checked_too(world, adapter, monkeypatch):
+    compare(recipe_of(world, adapter, "methods=[peft]"))
+    monkeypatch.setattr("twinweave.compare.check._is_quantised", lambda model: True)
+    with pytest.raises(RecipeError, match="peft_l2"):
+        compare(recipe_of(world, adapter, "methods=[peft, peft_l2]"))

@@ -59,6 +59,7 @@ def test_unknown_keys_are_errors_with_the_nearest_name(values, key, near):
         ("seeds=3", ["seeds", "3"]),
         ("sweeps={scal: [1]}", ["sweeps.scal"]),
         ("sweeps.retention=[1, .inf]", ["sweeps.retention", "inf"]),
+        ("sweeps.gate_rate=[-1]", ["sweeps.gate_rate", "-1"]),
         ("sweeps.scale=[0.5, 0.5]", ["sweeps.scale", "different"]),
         ("retained=[{task: wikitext, name: reverse, data: x}]", ["'reverse'", "another `name`"]),
         ("training.learning_rate=-1", ["training.learning_rate", "-1"]),

@@ -70,8 +70,9 @@ class _Session:
         self.frozen_folder = run.path / "frozen"  # shared by all IMSM methods and seeds, which have the same rows
         self._data: dict[int, TrainingData] = {}
         self._rehearsal: RehearsalRows | None = None
-        if not run.begun:  # what is wrong is said before time is spent and files are written
-            check_run(recipe, methods, self._training_data(recipe.seeds[0]))
+        new = methods if not run.begun else [m for m in methods if m.build is not None and run.lacks(m.name)]
+        if new:  # what is wrong is said before time is spent and files are written
+            check_run(recipe, new, self._training_data(recipe.seeds[0]))
         self.base = run.part("base", self._score_base)
 
     def finish(self, cells: list[dict[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Knows nothing about how a part is made. A part is a JSON file; where it exists, it is finished.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from ..errors import DamagedFileError, RecipeError
 from ..files import write_json_atomic
+from ..imsm.saving import local_folder
 from ..processes import is_first, wait_for
 from ..training import Recipe
 
@@ -28,6 +30,9 @@ class RunFolder:
     def __init__(self, path: Path, recipe: Recipe, command: str) -> None:
         self.path = path
         self._identity = {"command": command, **recipe.model_dump(mode="json", exclude=_MAY_CHANGE)}
+        if (saved := recipe.saved_adapter) is not None:
+            weights = local_folder(saved.path, None) / "adapter_model.safetensors"
+            self._identity["adapter"] = hashlib.sha256(weights.read_bytes()).hexdigest()
         if self.begun:
             differing = _differing(_read(path / RECIPE_NAME), self._identity)
             if differing:
@@ -42,6 +47,11 @@ class RunFolder:
     def begun(self) -> bool:
         """Whether any part of the run was finished before."""
         return (self.path / RECIPE_NAME).is_file()
+
+    def lacks(self, method: str) -> bool:
+        """Whether a comparison that was begun has nothing of that method yet."""
+        cells = self.path / "cells"
+        return cells.is_dir() and not any(cells.glob(f"{method}-*"))
 
     def has(self, name: str) -> bool:
         """Whether the part of that name is finished."""

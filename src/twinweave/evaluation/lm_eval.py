@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 from datasets.exceptions import DatasetsError
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from yaml import YAMLError
 
 from ..errors import DataError, UnsupportedModelError, UsageError, unknown_name
 from ..imsm import IMSMModel
@@ -181,6 +183,10 @@ def score_lm_tasks(
     except (ConnectionError, FileNotFoundError, DatasetsError) as error:
         first = str(error).strip().split("\n")[0]
         raise DataError(f"The data of {', '.join(names)} cannot be read: {first}.") from error
+    except (KeyError, TypeError, ValueError, TemplateError, YAMLError) as error:
+        raise DataError(
+            f"The lm-eval task {', '.join(names)} cannot be read ({type(error).__name__}: {error}). Mend its YAML file."
+        ) from error
     for task in loaded["tasks"].values():
         task.set_config("num_fewshot", task.get_config("num_fewshot") or 0)
         task.set_fewshot_seed(_SEED)

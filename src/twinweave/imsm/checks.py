@@ -3,16 +3,18 @@
 Knows nothing about how the memories are woven.
 """
 
-from typing import Any
+from typing import Any, cast
 
-from peft import PeftConfig, PeftType, TaskType
+from peft import PeftConfig, PeftModel, PeftType, TaskType
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, UsageError
 from .adapters import adapter_layers
 from .anatomy import decoder_of
-from .starts import moved_start
+from .starts import START, moved_start
 
 # Models that change something of themselves while they run.
 _STATEFUL = {
@@ -49,7 +51,7 @@ def check_base(base: Any) -> None:
 
 
 def check_adapter(peft_config: PeftConfig) -> None:
-    """Raise UnsupportedModelError for adapters that change the base's own weights, or need a run of it to start."""
+    """Raise UnsupportedModelError for adapters that change the base's own weights, or cannot be one of two memories."""
     if peft_config.peft_type == PeftType.XLORA:
         raise UnsupportedModelError(
             "XLORA runs the whole model twice, once to choose among finished adapters, and refuses a cache, so it "
@@ -62,7 +64,7 @@ def check_adapter(peft_config: PeftConfig) -> None:
     if str(getattr(peft_config, "init_lora_weights", True)).lower() == "loftq":
         raise UnsupportedModelError(
             "init_lora_weights='loftq' puts a quantised copy in the place of the base's weights, and the base must "
-            "stay as it is. Quantise the base when it is loaded, and use True, 'pissa' or 'olora'."
+            "stay as it is. Quantise the base when it is loaded, and use True."
         )
     for name in ("kasa_config", "layer_replication"):
         if getattr(peft_config, name, None) is not None:
@@ -112,13 +114,48 @@ def adapted_behind(decoder: nn.Module, base: nn.Module) -> list[str]:
     return [name for name, module in base.named_modules() if module in shared]
 
 
-def take_adapter_out(base: nn.Module) -> None:
-    """Put the base's own layers back where adapted ones are."""
+def refuse_outside(names: list[str]) -> None:
+    """Raise UnsupportedModelError where there are such names: see `adapted_behind`."""
+    if names:
+        raise UnsupportedModelError(
+            f"The adapter changes {', '.join(names)}, which both memories share. Leave it out of target_modules, "
+            "modules_to_save and trainable_token_indices."
+        )
+
+
+def take_adapter_out(base: nn.Module, names: list[str] | None = None) -> None:
+    """Put the base's own layers back where adapted ones are: those of the names, or all."""
     adapted = set(adapter_layers(base))
     for name, module in list(base.named_modules()):
-        if module in adapted:
-            names = ("original_module", "base_layer", "model")
-            base.set_submodule(name, next(getattr(module, n) for n in names if hasattr(module, n)))
+        if module in adapted and (names is None or name in names):
+            own = ("original_module", "base_layer", "model")
+            base.set_submodule(name, next(getattr(module, n) for n in own if hasattr(module, n)))
+
+
+def base_alone(model: PeftModel) -> PreTrainedModel:
+    """The base out of `model`, with its own modules: PEFT's unload leaves trained copies in the place of some."""
+    base: Any = model.get_base_model()
+    for name, module in list(base.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            base.set_submodule(name, module.original_module)
+    if isinstance(model.base_model, BaseTuner):
+        return cast(PreTrainedModel, model.base_model.unload())
+    take_adapter_out(base)
+    return cast(PreTrainedModel, base)
+
+
+def check_added(peft_config: PeftConfig, adapter_name: str) -> None:
+    """Raise UnsupportedModelError or UsageError for what cannot be added beside a first adapter."""
+    if adapter_name == START:
+        raise UsageError(f"The name '{START}' is taken. Give the adapter another one.")
+    if peft_config.task_type is None:
+        peft_config.task_type = TaskType.CAUSAL_LM
+    check_adapter(peft_config)
+    if start := moved_start(peft_config):
+        raise UnsupportedModelError(
+            f"init_lora_weights={start!r} would move part of the base's weights, and only a model's first adapter can "
+            "be started so without. Use True."
+        )
 
 
 def misfit(base: PreTrainedModel, peft_config: PeftConfig, error: Exception) -> UnsupportedModelError:

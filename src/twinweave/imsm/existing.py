@@ -9,7 +9,7 @@ from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, TaskType, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,7 +17,8 @@ from ..errors import BaseMismatchError, DamagedFileError, UnsupportedModelError,
 from ..fingerprint import fingerprint
 from . import saving
 from .adapters import adapter_layers
-from .checks import check_adapter, check_base
+from .anatomy import decoder_of
+from .checks import adapted_behind, base_alone, check_adapter, check_base, refuse_outside
 from .starts import moved_start
 
 if TYPE_CHECKING:
@@ -61,11 +62,12 @@ def taken_from(model: PeftModel) -> tuple[PreTrainedModel, PeftConfig, Weights]:
     ((name, config),) = model.peft_config.items()
     config = deepcopy(config)
     config.inference_mode = False
-    _check_trained(config)
+    check_trained(config)
+    base: Any = model.get_base_model()
+    refuse_outside(adapted_behind(decoder_of(base) or base, base))  # before the model is of no use
     weights = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     weights = {key: tensor.detach().clone() for key, tensor in weights.items()}
-    tuner: Any = model.base_model
-    return tuner.unload(), config, weights
+    return base_alone(model), config, weights
 
 
 def read_from(path: str | os.PathLike[str], base: PreTrainedModel) -> tuple[Path, PeftConfig]:
@@ -78,7 +80,7 @@ def read_from(path: str | os.PathLike[str], base: PreTrainedModel) -> tuple[Path
     folder = saving.local_folder(path, None)
     saving.check_adapter_files(folder)
     config = saving.read_adapter_config(folder)
-    _check_trained(config)
+    check_trained(config)
     if (folder / saving.CONFIG_NAME).is_file():
         saving.check_recorded_base(folder, fingerprint(base))
     recorded, given = config.base_model_name_or_path, base.__dict__.get("name_or_path")
@@ -88,12 +90,16 @@ def read_from(path: str | os.PathLike[str], base: PreTrainedModel) -> tuple[Path
             "models of one shape, nothing else will tell.",
             stacklevel=4,
         )
+    if given and given != recorded:
+        config.revision = None  # it is the recorded base's
     config.inference_mode = False  # as every saved one says
     return folder, config
 
 
-def _check_trained(config: PeftConfig) -> None:
+def check_trained(config: PeftConfig) -> None:
     """Raise UnsupportedModelError for a trained adapter that cannot be taken over."""
+    if config.task_type is None:
+        config.task_type = TaskType.CAUSAL_LM
     check_adapter(config)
     if start := moved_start(config):
         raise UnsupportedModelError(
@@ -101,8 +107,9 @@ def _check_trained(config: PeftConfig) -> None:
             "with PEFT's path_initial_model_for_weight_conversion: that is an adapter of the base as it is."
         )
     if config.is_prompt_learning:
+        kind = getattr(config.peft_type, "value", config.peft_type)
         raise UnsupportedModelError(
-            f"{config.peft_type} adds virtual tokens, and a trained prompt cannot be taken over. Give its "
+            f"{kind} adds virtual tokens, and a trained prompt cannot be taken over. Give its "
             "configuration, for a fresh one, or an adapter inside the layers."
         )
 
@@ -122,7 +129,7 @@ def give_weights(model: "IMSMModel", source: Weights | Path, adapter_name: str) 
             f"{where} was made for another base than this {type(base).__name__} "
             f"({' '.join(str(error).split()):.200}…). Load the base it was trained on."
         ) from error
-    if isinstance(source, Path) and (missing := result.missing_keys):
+    if isinstance(source, Path) and (missing := saving.not_loaded(model, result.missing_keys)):
         model.unload()
         raise DamagedFileError(f"{where} lacks {len(missing)} of its tensors, the first being {missing[0]}.")
 

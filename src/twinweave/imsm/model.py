@@ -8,22 +8,21 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from peft import PeftConfig, PeftModelForCausalLM
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
-from ..errors import UnsupportedModelError, UsageError, unknown_name
+from ..errors import UsageError, unknown_name
 from ..fingerprint import fingerprint
 from . import card, saving
 from .adapters import adapters_off, dropout_off
 from .anatomy import decoder_of, examine
 from .cache import TwinCache, is_empty, length_of
-from .checks import adapted_behind, take_adapter_out
+from .checks import adapted_behind, base_alone, check_added, check_goes_on, refuse_outside, take_adapter_out
 from .config import IMSMConfig
 from .gate import MemoryGate
 from .guard import DomainGuard
@@ -40,7 +39,7 @@ from .labels import (
 )
 from .output import with_entries
 from .quantized import keep_differentiable
-from .starts import START, activate, save_joined
+from .starts import START, activate, load_joined, save_joined
 from .switches import follow_labels, make_switchable
 from .twin import Plan, Twin
 from .virtual import PromptedCache, PromptedTwin
@@ -76,13 +75,9 @@ class IMSMModel(PeftModelForCausalLM):
         anatomy = examine(base, decoder_of(base) or base)
         decoder, head = anatomy.decoder, base.get_output_embeddings()
         super().__init__(base, peft_config, adapter_name=adapter_name, **peft_kwargs)
-        outside = adapted_behind(decoder, base)
-        if outside:
+        if outside := adapted_behind(decoder, base):
             take_adapter_out(base)
-            raise UnsupportedModelError(
-                f"The adapter changes {', '.join(outside)}, which both memories share. Leave it out of target_modules, "
-                "modules_to_save and trainable_token_indices."
-            )
+            refuse_outside(outside)
         self.imsm_config = imsm_config
         self.base_fingerprint = base_fingerprint
         self.retention = float(imsm_config.retention)
@@ -405,15 +400,27 @@ class IMSMModel(PeftModelForCausalLM):
         finally:
             self._twin = self._twin_of(self._twin.decoder, self._twin.plan)
 
-    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """PEFT's `add_adapter`."""
+    def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
+        """PEFT's `add_adapter`, of adapters that leave the base as it is."""
+        if "_twin" not in self.__dict__:
+            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+            return
+        check_added(peft_config, adapter_name)
+        base = self.get_base_model()
         with self._changing_adapters():
-            super().add_adapter(*args, **kwargs)
+            super().add_adapter(adapter_name, peft_config, *args, **kwargs)
+            if outside := adapted_behind(self._twin.decoder, base):
+                super().delete_adapter(adapter_name)
+                take_adapter_out(base, outside)
+                refuse_outside(outside)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's `delete_adapter`."""
+        started = START in self.peft_config and adapter_name == next(iter(self.peft_config))
         with self._changing_adapters():
             super().delete_adapter(adapter_name)
+            if started:
+                super().delete_adapter(START)
 
     def set_adapter(self, *args: Any, **kwargs: Any) -> None:
         """PEFT's `set_adapter`."""
@@ -433,11 +440,7 @@ class IMSMModel(PeftModelForCausalLM):
         self._twin.remove()
         for hook in self._hooks:
             hook.remove()
-        base: Any = self.get_base_model()
-        if isinstance(self.base_model, BaseTuner):
-            return cast(PreTrainedModel, self.base_model.unload())
-        take_adapter_out(base)
-        return base
+        return base_alone(self)
 
     def merge_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Refused: it would change the base's weights, and the gate chooses anew at every token."""
@@ -461,7 +464,13 @@ class IMSMModel(PeftModelForCausalLM):
 
     def load_adapter(self, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         """PEFT's `load_adapter`; for the active adapter, gate and guard saved beside it are loaded with it."""
-        result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
+        config = self.peft_config.get(adapter_name)
+        if config is not None and not config.inference_mode:
+            check_goes_on(config)
+        if config is not None and START in self.peft_config and adapter_name == next(iter(self.peft_config)):
+            result = load_joined(self, model_id, adapter_name)
+        else:
+            result = super().load_adapter(model_id, adapter_name, *args, **kwargs)
         if adapter_name in self.active_adapters:
             saving.load_gate_if_present(self, model_id)
             saving.load_guard_if_present(self, model_id)

@@ -124,7 +124,7 @@ def load(
         raise DamagedFileError(
             f"{folder / ADAPTER_NAME} does not fit {ADAPTER_CONFIG_NAME} beside it: {error}"
         ) from error
-    if missing := _not_loaded(model, result.missing_keys):
+    if missing := not_loaded(model, result.missing_keys):
         raise DamagedFileError(
             f"{folder / ADAPTER_NAME} lacks {len(missing)} of the adapter's tensors, the first being "
             f"{missing[0]}. Save the model again."
@@ -133,7 +133,7 @@ def load(
     return model.train(is_trainable)
 
 
-def _not_loaded(model: "IMSMModel", missing: Sequence[str]) -> list[str]:
+def not_loaded(model: "IMSMModel", missing: Sequence[str]) -> list[str]:
     """Those of the names that were in no file under any name: layers may share a tensor, which is saved once."""
     if not missing:
         return []

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import UnsupportedModelError
+from ..files import read_safetensors
 
-START = "start"
+START = "imsm_start"
 
 
 def moved_start(peft_config: PeftConfig) -> str | None:
@@ -45,7 +46,8 @@ def give_start(model: PeftModel, peft_config: PeftConfig, adapter_name: str) -> 
     """Give the fresh LoRA `adapter_name` of `model` the start that `peft_config` asks for."""
     usual = without_start(peft_config)
     usual.lora_dropout, usual.modules_to_save, usual.trainable_token_indices = 0.0, None, None
-    model.add_adapter(START, usual)
+    with model._changing_adapters():
+        PeftModel.add_adapter(model, START, usual)
     for layer in model.modules():
         if isinstance(layer, LoraLayer):
             _start_layer(layer, peft_config, adapter_name)
@@ -63,13 +65,15 @@ def activate(model: PeftModel, adapter_name: str) -> None:
 @torch.no_grad()
 def _start_layer(layer: Any, peft_config: Any, adapter_name: str) -> None:
     start = moved_start(peft_config)
-    if adapter_name not in layer.lora_A:
+    if adapter_name not in layer.lora_A or not hasattr(layer.get_base_layer(), "weight"):
         raise UnsupportedModelError(
             f"init_lora_weights={start!r} starts linear layers only, and {type(layer.get_base_layer()).__name__} is "
             "none. Leave it out of target_modules."
         )
     if start == "lora_ga" and not hasattr(layer.get_base_layer(), "_peft_loraga_grad"):
         raise UnsupportedModelError("init_lora_weights='lora_ga' needs gradients: call PEFT's preprocess_loraga first.")
+    if start == "olora" and layer.fan_in_fan_out:
+        raise UnsupportedModelError("init_lora_weights='olora' takes no transposed weights (Conv1D). Use 'pissa'.")
     weight = layer.get_base_layer().weight
     if weight.is_meta:
         return
@@ -78,10 +82,11 @@ def _start_layer(layer: Any, peft_config: Any, adapter_name: str) -> None:
     before, kept = weight.data, weight.data.clone()  # PEFT may write into it, or put another in its place
     try:
         _peft_start(layer, peft_config, adapter_name)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise UnsupportedModelError(f"init_lora_weights={start!r}: {error}") from error
     finally:
         weight.data = before.copy_(kept)
+        layer.get_base_layer().weight = weight
     a.data, b.data = a.data.to(like).contiguous(), b.data.to(like).contiguous()
     if (a.shape, b.shape) != shapes:
         raise UnsupportedModelError(f"r={shapes[0][0]} is more than a weight of shape {tuple(weight.shape)} has.")
@@ -118,10 +123,11 @@ def save_joined(
         return
     folder, adapter_name = Path(save_directory), next(iter(model.peft_config))
     folder.mkdir(parents=True, exist_ok=True)
-    trained, start = (
-        get_peft_model_state_dict(model, state_dict=state_dict, adapter_name=name, save_embedding_layers=False)
-        for name in (adapter_name, START)
+    trained = get_peft_model_state_dict(
+        model, state_dict=state_dict, adapter_name=adapter_name, save_embedding_layers=False
     )
+    whole = model.state_dict() if state_dict is None else state_dict
+    start = {name.replace(f".{START}.", "."): tensor for name, tensor in whole.items() if f".{START}." in name}
     joined = {
         name: _joined(name, tensor, start[name]) if name in start else tensor.detach().cpu().contiguous()
         for name, tensor in trained.items()
@@ -131,6 +137,19 @@ def save_joined(
     config = model.peft_config[adapter_name]
     assert isinstance(config, LoraConfig)
     doubled(config).save_pretrained(str(folder))
+    if others := [name for name in model.peft_config if name not in (adapter_name, START)]:
+        PeftModel.save_pretrained(model, str(folder), selected_adapters=others, state_dict=state_dict, **kwargs)
+
+
+def load_joined(model: PeftModel, folder: str | os.PathLike[str], adapter_name: str) -> Any:
+    """Take what `save_joined` wrote apart again, into the adapter and its start. Returns PEFT's lists of keys."""
+    own, start = read_safetensors(Path(folder) / "adapter_model.safetensors"), {}
+    for name, tensor in list(own.items()):
+        if name.endswith(("lora_A.weight", "lora_B.weight")):
+            parts = tensor.chunk(2, dim=0 if "lora_A" in name else 1)
+            own[name], start[name] = (part.contiguous() for part in parts)
+    set_peft_model_state_dict(model, start, adapter_name=START)
+    return set_peft_model_state_dict(model, own, adapter_name=adapter_name)
 
 
 def _joined(name: str, tensor: Tensor, start: Tensor) -> Tensor:

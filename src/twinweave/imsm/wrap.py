@@ -55,7 +55,7 @@ def get_imsm_model(
     if moved_start(peft_config):
         try:
             give_start(model, peft_config, adapter_name)
-        except UnsupportedModelError:
+        except Exception:
             model.unload()
             raise
     if trained is not None:

@@ -245,6 +245,8 @@ class Recipe(_Section):
                 raise RecipeError(unknown_name("knob", f"sweeps.{knob}", [f"sweeps.{name}" for name in knobs()]))
             if len(set(values)) != len(values) or not all(math.isfinite(value) for value in values):
                 raise RecipeError(f"sweeps.{knob}: {values} must be a list of different finite numbers.")
+            if knobs()[knob].multiplies != "term" and min(values, default=1) <= 0:
+                raise RecipeError(f"sweeps.{knob}: {values} multiply a rate or a number of steps; give positive ones.")
         self.imsm_config()
         if (saved := self.saved_adapter) is None:
             self.peft_config()
