@@ -264,7 +264,7 @@ METHODS: dict[str, Method] = {
                guarded=True),
         Method("imsm_published", "IMSM as published", "IMSM without rehearsal and guard, as in its paper.",
                _woven("query_gate"), _load_woven),
-        Method("imsm_published_rate", "IMSM as published, other gate rates",
+        Method("imsm_published_rate", "IMSM as published, gate rates",
                "IMSM as published, at multiples of its gate's learning rate.",
                _woven("query_gate"), _load_woven, knob=Knob("gate_rate", (2.0, 6.0), "gate_learning_rate")),
         Method("imsm_gate", "IMSM, gate without query", "Both memories, fused by a gate that does not see the query.",

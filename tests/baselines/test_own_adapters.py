@@ -9,6 +9,7 @@ from peft import LoraConfig, PeftModel
 from twinweave.baselines.corda import least_used_directions
 from twinweave.errors import RecipeError, UnsupportedModelError
 from twinweave.imsm import IMSMConfig
+from twinweave.imsm.starts import START
 from twinweave.methods import get_method, load_plain
 from twinweave.rehearsal import Materials
 
@@ -150,7 +151,7 @@ def test_corda_starts_with_the_covariances_of_the_general_text(arch, make_base, 
     start = layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     assert start.norm() > 1e-3
     assert torch.allclose(start, b @ a, atol=1e-4)
-    frozen = layer.scaling["start"] * layer.lora_B["start"].weight @ layer.lora_A["start"].weight
+    frozen = layer.scaling[START] * layer.lora_B[START].weight @ layer.lora_A[START].weight
     assert torch.allclose(frozen, -start, atol=1e-6)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained
