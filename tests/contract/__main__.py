@@ -117,7 +117,10 @@ def main() -> None:
     parser.add_argument("--fresh", action="store_true", help="forget what earlier runs found")
     parser.add_argument("--out", type=Path, default=DOCS)
     given = parser.parse_args()
-    for grid in [given.grid] if given.grid else GRIDS:
+    grids = [given.grid] if given.grid else list(GRIDS)
+    if unknown := set(given.names).difference(*(GRIDS[grid][0] for grid in grids)):
+        parser.error(f"no subject of {', '.join(grids)}: {', '.join(sorted(unknown))}")
+    for grid in grids:
         _run_grid(grid, given)
 
 
@@ -128,7 +131,7 @@ def _run_grid(grid: str, given: argparse.Namespace) -> None:
         found = {"versions": versions()}
     rows = {} if given.fresh else found.get(grid, {})
     settled = {name for name, finding in rows.items() if table.kind(finding) != "fail" and "broken" not in finding}
-    names = given.names or [name for name in GRIDS[grid][0] if name not in settled]
+    names = [name for name in GRIDS[grid][0] if (name in given.names if given.names else name not in settled)]
     start, count = time.monotonic(), 0
 
     def take(name: str, finding: dict[str, Any], seconds: float) -> None:

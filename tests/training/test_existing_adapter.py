@@ -98,6 +98,9 @@ def test_checked_before_anything_is_trained(world, adapter):
     weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(DamagedFileError, match="pickle"):
         check_recipe(recipe_of(world, adapter))
+    with pytest.raises(DamagedFileError, match="pickle"):
+        compare(recipe_of(world, adapter))
+    assert not (world / "run").exists()
 
 
 def test_what_leaves_nothing_to_train_is_said_before_a_run(world, adapter):

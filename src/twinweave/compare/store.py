@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import DamagedFileError, RecipeError
 from ..files import write_json_atomic
-from ..imsm.saving import local_folder
+from ..imsm.saving import ADAPTER_NAME, check_adapter_files, local_folder
 from ..processes import is_first, wait_for
 from ..training import Recipe
 
@@ -31,8 +31,9 @@ class RunFolder:
         self.path = path
         self._identity = {"command": command, **recipe.model_dump(mode="json", exclude=_MAY_CHANGE)}
         if (saved := recipe.saved_adapter) is not None:
-            weights = local_folder(saved.path, None) / "adapter_model.safetensors"
-            self._identity["adapter"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+            folder = local_folder(saved.path, None)
+            check_adapter_files(folder)
+            self._identity["adapter"] = hashlib.sha256((folder / ADAPTER_NAME).read_bytes()).hexdigest()
         if self.begun:
             differing = _differing(_read(path / RECIPE_NAME), self._identity)
             if differing:

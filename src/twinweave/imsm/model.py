@@ -391,9 +391,6 @@ class IMSMModel(PeftModelForCausalLM):
     @contextmanager
     def _changing_adapters(self) -> Iterator[None]:
         """The twin knows the adapted layers by heart."""
-        if "_twin" not in self.__dict__:  # PEFT's constructor adds the first adapter of prompt learning
-            yield
-            return
         self._twin.remove()
         try:
             yield
@@ -402,7 +399,7 @@ class IMSMModel(PeftModelForCausalLM):
 
     def add_adapter(self, adapter_name: str, peft_config: PeftConfig, *args: Any, **kwargs: Any) -> None:
         """PEFT's `add_adapter`, of adapters that leave the base as it is."""
-        if "_twin" not in self.__dict__:
+        if "_twin" not in self.__dict__:  # PEFT's constructor adds the first adapter of prompt learning
             super().add_adapter(adapter_name, peft_config, *args, **kwargs)
             return
         check_added(peft_config, adapter_name)
