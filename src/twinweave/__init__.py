@@ -2,6 +2,7 @@
 
 from .errors import TwinweaveError
 from .imsm import GuardSettings, IMSMConfig, IMSMModel, fit_guard, get_imsm_model
+from .slim import SlimConfig, get_slim_model
 
 __version__ = "0.1.0"
 
@@ -9,8 +10,10 @@ __all__ = [
     "GuardSettings",
     "IMSMConfig",
     "IMSMModel",
+    "SlimConfig",
     "TwinweaveError",
     "__version__",
     "fit_guard",
     "get_imsm_model",
+    "get_slim_model",
 ]

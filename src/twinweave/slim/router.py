@@ -1,0 +1,83 @@
+"""Which experts a token goes to, and how much of each: [N, C] tokens -> [N, E] shares of the LoRA experts.
+
+Knows nothing about what the experts do. SLIM (arXiv 2410.07739), with logits R(x) = x Wᵀ, LoRA experts first:
+
+    w_i = R(x)_i for LoRA experts, R(x)_i + γ·d for identity experts        (d: how far x is from the training data)
+    ŵ = softmax(w) over the K largest, 0 elsewhere; the shares are ŵ_i / Σ ŵ over all kept experts, identities included
+
+The identities' share is what is missing to one: it is never given to the LoRA experts.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from .clustering import SlidingClusters
+from .config import SlimConfig
+
+
+class Router(nn.Module):
+    """A linear layer without bias, `weight` [E + identities, C], and the choice of the top K."""
+
+    def __init__(self, channels: int, config: SlimConfig) -> None:
+        super().__init__()
+        self.num_experts, self.top_k, self.strength = config.num_experts, config.top_k, config.yielding_strength
+        self.weight = nn.Parameter(torch.empty(config.experts, channels))
+        nn.init.normal_(self.weight, std=config.router_init_std)
+
+    def forward(self, x: Tensor, distance: Tensor | None = None) -> Tensor:
+        """Shares [N, E] of the LoRA experts for tokens [N, C], in fp32; `distance` [N] weakens them, None not."""
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.to(torch.promote_types(x.dtype, torch.float32))
+            logits = x @ self.weight.to(x.dtype).T
+            if distance is not None:
+                lora, identity = logits.split((self.num_experts, logits.shape[1] - self.num_experts), -1)
+                logits = torch.cat((lora, identity + self.strength * distance[:, None].to(x.dtype)), -1)
+            kept, chosen = logits.topk(self.top_k, dim=-1)
+            shares = torch.zeros_like(logits).scatter(-1, chosen, kept.softmax(-1))
+            return shares[:, : self.num_experts]
+
+
+class Passing:
+    """What the layers of one model know of the pass that is running: whether one is, and which tokens are real; and the
+    clusters that take tokens in meanwhile, in an order that is the same in every process."""
+
+    def __init__(self) -> None:
+        self.depth = 0
+        self.attention_mask: Tensor | None = None
+        self.clusters: list[SlidingClusters] = []
+
+    def attended(self, count: int) -> Tensor | None:
+        """Which of `count` tokens are real, bool [count]; None where all are, or where nothing says."""
+        mask = self.attention_mask
+        return mask.reshape(-1).bool() if mask is not None and mask.numel() == count else None
+
+
+class Routing:
+    """One router and its clusters, for all layers of a module that read the same input.
+
+    The shares of an input are kept until as many layers as there are have asked for them.
+    """
+
+    def __init__(self, router: Router, clusters: SlidingClusters | None, passing: Passing) -> None:
+        self.router, self.clusters, self.passing = router, clusters, passing
+        self.members = 1
+        self._kept: tuple[Tensor, Tensor, int, bool] | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Shares [N, E] of the LoRA experts for tokens [N, C]."""
+        if self._kept is not None and self._same(x):
+            _, shares, waiting, graph = self._kept
+            self._kept = (x, shares, waiting - 1, graph) if waiting > 1 else None
+            return shares
+        distance = None
+        if self.clusters is not None:
+            distance = self.clusters(x, self.passing.attended(len(x)), gather=self.passing.depth > 0)
+        shares = self.router(x, distance)
+        self._kept = (x, shares, self.members - 1, torch.is_grad_enabled()) if self.members > 1 else None
+        return shares
+
+    def _same(self, x: Tensor) -> bool:
+        """Whether x is the input that was asked for last: while that is held, its place in memory is not another's."""
+        held, _, _, graph = self._kept  # type: ignore[misc]
+        same = held.data_ptr() == x.data_ptr() and held.shape == x.shape and held._version == x._version
+        return same and graph == torch.is_grad_enabled()
