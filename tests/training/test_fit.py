@@ -204,7 +204,7 @@ def test_plain_trainer_trains_an_imsm_model_to_the_same_losses(world, tmp_path):
     from transformers import set_seed
 
     set_seed(0)
-    model = get_method("imsm").build(load_base(recipe.base), recipe.peft_config(), recipe.imsm_config())
+    model = get_method("imsm").build(load_base(recipe.base), recipe.peft_config(), recipe.settings())
     arguments = TrainingArguments(
         output_dir=str(tmp_path / "plain"),
         seed=0,

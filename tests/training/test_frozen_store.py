@@ -540,7 +540,7 @@ def test_only_the_first_process_makes_it_and_the_others_wait(world, tmp_path, mo
     recipe = load_recipe(tiny_runs.recipe_values(world))
     tokenizer = load_tokenizer(recipe.base)
     data = load_data(recipe, tokenizer, 0)
-    model = get_method("imsm").build(load_base(recipe.base), recipe.peft_config(), recipe.imsm_config())
+    model = get_method("imsm").build(load_base(recipe.base), recipe.peft_config(), recipe.settings())
     waited = []
     arguments = {rank: SimpleNamespace(process_index=rank, world_size=2) for rank in (0, 1)}
 

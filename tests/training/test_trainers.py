@@ -26,7 +26,7 @@ def make_model(world):
 
     def make():
         torch.manual_seed(0)
-        return get_method("imsm").build(load_base(recipe.base), recipe.peft_config(), recipe.imsm_config())
+        return get_method("imsm").build(load_base(recipe.base), recipe.peft_config(), recipe.settings())
 
     return make
 

@@ -17,7 +17,7 @@ def trainer(world, tmp_path):
     recipe = load_recipe(
         tiny_runs.recipe_values(world), ["peft.lora_dropout=0", "imsm.gate_dropout=0", "methods=[imsm]"]
     )
-    model = get_method("imsm").build(load_base(recipe.base), recipe.peft_config(), recipe.imsm_config())
+    model = get_method("imsm").build(load_base(recipe.base), recipe.peft_config(), recipe.settings())
     rows = [
         {"prompt": f"reverse {' '.join(words)} :", "completion": " " + " ".join(reversed(words))}
         for words in (tiny_runs.letters(i, 2 + i % 3) for i in range(12))

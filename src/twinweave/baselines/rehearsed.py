@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..imsm.adapters import adapter_layers
+from ..imsm.adapters import adapter_layers, statistics_off
 from ..imsm.labels import IGNORED
 from ..processes import mean_over_processes
 from ..rehearsal.terms import Batch, Materials, Term, divergence, on_device_of
@@ -28,7 +28,8 @@ def adapter_rehearsal(model: PeftModel, materials: Materials) -> Term:
         wanted = batch["labels"][:, 1:] != IGNORED
         fields = {name: batch[name] for name in ("input_ids", "attention_mask")}
         base = original_logits(adapted, layers, fields)[:, :-1][wanted]
-        logits = model(**fields, use_cache=False).logits[:, :-1][wanted]
+        with statistics_off(adapted):
+            logits = model(**fields, use_cache=False).logits[:, :-1][wanted]
         return materials.weight * general.settings.weight * general.settings.every * divergence(base, logits)
 
     return term

@@ -64,7 +64,7 @@ def check_run(recipe: Recipe, methods: Sequence[Method], data: TrainingData) -> 
         if method.build is not None:
             # the weights of a saved adapter cannot be loaded onto nothing
             bare = _without_weights(model) if recipe.saved_adapter is None else load_base(recipe.base)
-            built = method.build(bare, recipe.adapter(steps), recipe.imsm_config())
+            built = method.build(bare, recipe.adapter(steps), recipe.settings())
             found.append((f"method {method.name}", f"{built.get_nb_trainable_parameters()[0]:,} parameters to train"))
     found += [(f"task {task.name}", f"{count:,} rows, {', '.join(task.metrics)}") for task, count in rows]
     found += [("warning", warning) for warning in report.warnings]

@@ -1,10 +1,11 @@
-"""Which layers of a model are adapted, and running it without the adapter or without dropout.
+"""Which layers of a model are adapted, and running it without the adapter, dropout or moving statistics.
 
 Knows nothing about memories.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -46,3 +47,17 @@ def dropout_off(module: nn.Module) -> Iterator[None]:
     finally:
         for m in training:
             m.training = True
+
+
+@contextmanager
+def statistics_off(module: nn.Module) -> Iterator[None]:
+    """Run the block without moving what follows the training data (SLIM's clusters, batch norm's statistics): text that
+    is rehearsed is not what is learned."""
+    tracking: list[Any] = [m for m in module.modules() if getattr(m, "track_running_stats", False)]
+    try:
+        for m in tracking:
+            m.track_running_stats = False
+        yield
+    finally:
+        for m in tracking:
+            m.track_running_stats = True

@@ -19,7 +19,7 @@ from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 from ..errors import UsageError, unknown_name
 from ..fingerprint import fingerprint
 from . import card, saving
-from .adapters import adapters_off, dropout_off
+from .adapters import adapters_off, dropout_off, statistics_off
 from .anatomy import decoder_of, examine
 from .cache import TwinCache, is_empty, length_of
 from .checks import adapted_behind, base_alone, check_added, check_goes_on, refuse_outside, take_adapter_out
@@ -305,7 +305,8 @@ class IMSMModel(PeftModelForCausalLM):
             raise UsageError(f"use_memory('{self._memory}') has one memory, and rehearsal compares two.")
         graph = torch.is_grad_enabled()
         call.rehearse, call.without_graph = rehearse, graph and rehearse == "gate"
-        with dropout_off(self._twin.decoder) if rehearse == "gate" else nullcontext():
+        constant = dropout_off(self._twin.decoder) if rehearse == "gate" else nullcontext()
+        with statistics_off(self._twin.decoder), constant:
             try:
                 yield
             finally:

@@ -85,7 +85,7 @@ class SlimConfig(PeftConfig):
     """Standard deviation of the router's first weights."""
 
     target_modules: list[str] | str | None = field(default=None)
-    """Names of the layers to adapt, as in LoraConfig; None: the linear layers of every feed-forward, as in the paper."""
+    """Names of the layers to adapt, as in LoraConfig; None: the linear layers of every feed-forward, as published."""
 
     exclude_modules: list[str] | str | None = None
     """Layers among them to leave out."""
@@ -107,7 +107,11 @@ class SlimConfig(PeftConfig):
         self.peft_type = SLIM
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT matches sets
-        for name, kinds in (("distance", Distance), ("cluster_metric", ClusterMetric), ("router_sharing", RouterSharing)):
+        for name, kinds in (
+            ("distance", Distance),
+            ("cluster_metric", ClusterMetric),
+            ("router_sharing", RouterSharing),
+        ):
             if (value := getattr(self, name)) not in get_args(kinds):
                 raise UsageError(unknown_name(name, str(value), get_args(kinds)))
         for name, least in (("r", 1), ("num_experts", 1), ("num_identity_experts", 0), ("num_clusters", 1)):
@@ -115,7 +119,9 @@ class SlimConfig(PeftConfig):
             if not isinstance(value, int) or value < least:
                 raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
         if not 1 <= self.top_k <= self.experts:
-            raise UsageError(f"top_k is {self.top_k!r}; it must lie between 1 and the number of experts, {self.experts}.")
+            raise UsageError(
+                f"top_k is {self.top_k!r}; it must lie between 1 and the number of experts, {self.experts}."
+            )
         if not 0 <= self.masking_ratio < 1:
             raise UsageError(f"masking_ratio is {self.masking_ratio!r}; it must lie in [0, 1).")
         if not 0 < self.cluster_rate <= 1:

@@ -136,8 +136,8 @@ class SlimLayer(nn.Module, BaseTunerLayer):
 
 def sizes_of(layer: nn.Module) -> tuple[int, int]:
     """C_in and C_out of a linear layer, or one that PEFT has wrapped already. Raises UnsupportedModelError."""
-    while isinstance(layer, BaseTunerLayer):
-        layer = layer.base_layer
+    if isinstance(layer, BaseTunerLayer):
+        layer = layer.get_base_layer()
     if isinstance(layer, Conv1D):
         return cast(int, layer.nx), cast(int, layer.nf)
     sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)

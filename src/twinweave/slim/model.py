@@ -3,7 +3,7 @@
 Knows nothing about training loops. What the layers compute is in `layer.py`, `router.py` and `clustering.py`.
 """
 
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from peft import PeftConfig, PeftModelForCausalLM, TaskType, get_peft_model
@@ -26,7 +26,7 @@ class SlimModel(BaseTuner):
 
     prefix = "slim_"
     tuner_layer_cls = SlimLayer
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
 
     passing: Passing
 
@@ -45,7 +45,8 @@ class SlimModel(BaseTuner):
             mask = kwargs.get("attention_mask")
             passing.attention_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
             for clusters in passing.clusters:
-                clusters.update()
+                if clusters.track_running_stats:  # or the backward pass of the last step is still to come
+                    clusters.update()
         passing.depth += 1
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -60,9 +61,10 @@ class SlimModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config  # the model itself says which layers: see _prepare_model
 
-    def _prepare_model(self, peft_config: SlimConfig, model: nn.Module) -> None:
-        others = [c for c in self.peft_config.values() if c is not peft_config and getattr(c, "base_fingerprint", None)]
-        own = BaseFingerprint(**others[0].base_fingerprint) if others else fingerprint(model)
+    def _prepare_model(self, peft_config: SlimConfig, model: nn.Module) -> None:  # type: ignore[override]
+        configs: list[Any] = [config for config in self.peft_config.values() if config is not peft_config]
+        known = next((c.base_fingerprint for c in configs if getattr(c, "base_fingerprint", None)), None)
+        own = fingerprint(model) if known is None else BaseFingerprint(**known)  # of a base that is adapted already
         if peft_config.base_fingerprint is not None:
             differences = own.differences(BaseFingerprint(**peft_config.base_fingerprint))
             if differences:
@@ -74,7 +76,7 @@ class SlimModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = set(feed_forward_layers(model))  # type: ignore[assignment]
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: SlimConfig,
         adapter_name: str,
@@ -138,7 +140,7 @@ class SlimModel(BaseTuner):
 
 def _decoder_of(model: Any) -> nn.Module:
     decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
-    return decoder if isinstance(decoder, nn.Module) else model  # type: ignore[no-any-return]
+    return decoder if isinstance(decoder, nn.Module) else cast(nn.Module, model)
 
 
 def _routing_of_siblings(parent: nn.Module, target: nn.Module, adapter_name: str) -> Routing | None:

@@ -88,7 +88,7 @@ def fit(
     set_seed(seed)
     base = load_base(recipe.base)
     materials = Materials(seed, steps, multiple("term"), rehearsal)
-    model = method.build(base, recipe.adapter(steps), recipe.imsm_config(), materials)
+    model = method.build(base, recipe.adapter(steps), recipe.settings(), materials)
     trainable = model.get_nb_trainable_parameters()[0]  # of the whole model, which may be spread over processes later
     if not trainable:
         return _as_it_is(model, folder)

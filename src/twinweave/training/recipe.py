@@ -28,8 +28,9 @@ from ..errors import RecipeError, unknown_name
 from ..evaluation import Task, resolve_task
 from ..imsm import GuardSettings, IMSMConfig
 from ..imsm.saving import check_adapter_files, local_folder, read_adapter_config
-from ..methods import Adapter, Method, SavedAdapter, check_saved, get_method, knobs
+from ..methods import Adapter, Method, SavedAdapter, Settings, check_saved, get_method, knobs
 from ..rehearsal import RehearsalSettings
+from ..slim import SlimConfig
 
 
 class _Section(BaseModel):
@@ -184,6 +185,8 @@ class Recipe(_Section):
     """`type` (lora, adalora, ia3, oft, …) and the fields of that PEFT configuration; or `path`, the folder of a trained
     adapter to go on from, and `train` (true): whether it learns more, or only IMSM's gate does."""
     imsm: dict[str, Any] = {}
+    slim: dict[str, Any] = {}
+    """Settings of SLIM for the methods that are made of it; `r` is the adapter's, divided among the experts."""
     rehearsal: RehearsalSettings | None = RehearsalSettings()
     """What the base writes itself and IMSM's gate rehearses; `null`: nothing, as published."""
     guard: GuardSettings | None = None
@@ -247,7 +250,7 @@ class Recipe(_Section):
                 raise RecipeError(f"sweeps.{knob}: {values} must be a list of different finite numbers.")
             if knobs()[knob].multiplies != "term" and min(values, default=1) <= 0:
                 raise RecipeError(f"sweeps.{knob}: {values} multiply a rate or a number of steps; give positive ones.")
-        self.imsm_config()
+        self.settings()
         if (saved := self.saved_adapter) is None:
             self.peft_config()
         else:
@@ -279,9 +282,15 @@ class Recipe(_Section):
             return str(getattr(kind, "value", kind)).lower()
         return str(self.peft.get("type", "lora")).lower()
 
-    def imsm_config(self) -> IMSMConfig:
-        """The gate's settings."""
-        return IMSMConfig.from_dict(self.imsm)
+    def settings(self) -> Settings:
+        """What the methods want to know beside the adapter. Raises UsageError for settings of a gate or of SLIM that do
+        not exist, or cannot be."""
+        known = {field.name for field in dataclass_fields(SlimConfig)}
+        for key in self.slim:
+            if key not in known:
+                raise RecipeError(unknown_name("setting of SLIM: slim.", key, known))
+        SlimConfig(**deepcopy(self.slim))
+        return Settings(IMSMConfig.from_dict(self.imsm), deepcopy(self.slim))
 
     @property
     def saved_adapter(self) -> SavedAdapter | None:

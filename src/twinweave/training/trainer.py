@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import AdaLoraModel, PeftConfig, PeftModel
+from peft import AdaLoraModel, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -238,12 +238,16 @@ class TwinweaveTrainer(TermTrainer):
             raise DamagedFileError(f"{path} lacks '{missing[0]}'. Remove that checkpoint to go on from an older one.")
 
     def _trained_state(self) -> dict[str, Tensor]:
-        """Every trained parameter, those of adapters beside the trained one (what CorDA started from), and the
-        importances of AdaLoRA's allocator where there is one."""
-        beside = [f".{name}." for name in getattr(self.model, "peft_config", {}) if name != "default"]
-        named = list(self.model.named_parameters())  # type: ignore[union-attr]
+        """Every trained parameter, those of adapters beside the trained one (what CorDA started from), the buffers of
+        the adapter (SLIM's clusters), and the importances of AdaLoRA's allocator where there is one."""
+        model: Any = self.model
+        beside = [f".{name}." for name in getattr(model, "peft_config", {}) if name != "default"]
+        named = list(model.named_parameters())
         state: dict[str, Tensor] = {n: p for n, p in named if p.requires_grad or any(name in n for name in beside)}
-        allocator = _allocator(self.model)
+        if isinstance(model, PeftModel) and not model.active_peft_config.is_prompt_learning:
+            own = get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+            state |= {n: b for n, b in model.named_buffers() if n.replace(".default", "") in own}
+        allocator = _allocator(model)
         for table in _ALLOCATOR_TABLES if allocator is not None else ():
             state |= {f"{_ALLOCATOR}{table}/{key}": t for key, t in getattr(allocator, table).items()}
         return state
