@@ -79,5 +79,7 @@ class Routing:
     def _same(self, x: Tensor) -> bool:
         """Whether x is the input that was asked for last: while that is held, its place in memory is not another's."""
         held, _, _, graph = self._kept  # type: ignore[misc]
-        same = held.data_ptr() == x.data_ptr() and held.shape == x.shape and held._version == x._version
-        return same and graph == torch.is_grad_enabled()
+        if held.is_inference() != x.is_inference() or graph != torch.is_grad_enabled():
+            return False
+        unchanged = x.is_inference() or held._version == x._version
+        return unchanged and held.data_ptr() == x.data_ptr() and held.shape == x.shape
