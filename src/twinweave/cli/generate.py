@@ -9,9 +9,8 @@ from rich.text import Text
 
 from ..data import encode_prompt
 from ..errors import UsageError
-from ..evaluation import original_shares, token_texts
+from ..evaluation import has_lens, original_shares, token_texts
 from ..evaluation.generate import greedy_settings, no_own_settings
-from ..imsm import IMSMModel
 from ..training import load_window
 from .shared import MemoryOption, RetentionOption, dialled, open_run, out
 
@@ -50,8 +49,8 @@ def generate(
         )
     with dialled(model, memory, retention):
         if lens:
-            if not isinstance(model, IMSMModel) or temperature > 0:
-                raise UsageError("--lens reads the gate of an IMSM model, at temperature 0.")
+            if not has_lens(model) or temperature > 0:
+                raise UsageError("--lens reads the gate of an IMSM model, or SLIM's routers, at temperature 0.")
             written, shares = original_shares(model, tokenizer, ids, max_new_tokens)
             out.print(_coloured(token_texts(tokenizer, written), shares))
             return

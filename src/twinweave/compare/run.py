@@ -14,10 +14,9 @@ from rich.markup import escape
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..data import TrainingData
-from ..evaluation import Task, evaluate_tasks, read_lens
+from ..evaluation import Task, evaluate_tasks, has_lens, read_lens
 from ..files import write_json_atomic
 from ..fingerprint import fingerprint
-from ..imsm import IMSMModel
 from ..methods import Method, get_method
 from ..processes import is_first
 from ..progress import say
@@ -132,7 +131,7 @@ class _Session:
             k: v for k, v in asdict(training).items() if k != "steps"
         }
         first = seed == self.recipe.seeds[0]
-        if isinstance(model, IMSMModel) and first and self.recipe.evaluation.lens_prompts:
+        if has_lens(model) and first and self.recipe.evaluation.lens_prompts:
             record["lens"] = read_lens(model, self.tokenizer, self.tasks, self.recipe.evaluation.lens_prompts)
         del model
         free_memory()

@@ -2,7 +2,7 @@
 
 from twinweave.evaluation.frontier import Paired, forgetting_at, mean_along, mixed, mixture_at
 from twinweave.evaluation.generate import generate_texts
-from twinweave.evaluation.lens import original_shares, read_lens, token_texts
+from twinweave.evaluation.lens import has_lens, original_shares, read_lens, token_texts
 from twinweave.evaluation.likelihood import forward_logits, log_likelihoods
 from twinweave.evaluation.metrics import (
     METRICS,
@@ -40,6 +40,7 @@ __all__ = [
     "forgetting_at",
     "forward_logits",
     "generate_texts",
+    "has_lens",
     "log_likelihoods",
     "matthews_correlation",
     "mean_along",

@@ -1,4 +1,4 @@
-"""The lens: what a woven model writes for real prompts, and how much of each token came from the original memory.
+"""The lens: what a model writes for real prompts, and how much of each token came from the original memory.
 
 Knows nothing about how it is shown.
 """
@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from ..data import encode_prompt
 from ..imsm import IMSMModel
+from ..slim import SlimModel
+from ..slim.router import watch_identity
 from .generate import greedy_settings, no_own_settings
 from .rows import read_examples
 from .runner import task_window
@@ -20,13 +23,18 @@ _MOST_TOKENS = 48
 _UNFINISHED = "\ufffd"  # what decoders put where the bytes of a character are not all there
 
 
+def has_lens(model: PeftModel) -> bool:
+    """Whether the model decides token by token between two memories: IMSM, and SLIM."""
+    return isinstance(model, IMSMModel) or isinstance(model.base_model, SlimModel)
+
+
 def read_lens(
-    model: IMSMModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], prompts: int
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task], prompts: int
 ) -> list[dict[str, Any]]:
     """About `prompts` prompts, spread over the tasks that have any, each with the greedy answer token by token.
 
-    An entry: task, prompt, reference, and tokens: {"text", "original_share"}, the gate's mean over channels at the
-    position that wrote the token.
+    An entry: task, prompt, reference, and tokens: {"text", "original_share"}, the share of the original memory at the
+    position that wrote the token (see `original_shares`).
     """
     usable = [task for task in tasks if task.kind in ("generation", "completion_loss")]
     entries = []
@@ -38,7 +46,7 @@ def read_lens(
     return entries
 
 
-def _read_one(model: IMSMModel, tokenizer: PreTrainedTokenizerBase, task: Task, row: int) -> dict[str, Any] | None:
+def _read_one(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, row: int) -> dict[str, Any] | None:
     examples = read_examples(task.model_copy(update={"limit": row + 1}))
     if len(examples) <= row:
         return None
@@ -61,18 +69,25 @@ def _read_one(model: IMSMModel, tokenizer: PreTrainedTokenizerBase, task: Task, 
 
 @torch.inference_mode()
 def original_shares(
-    model: IMSMModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], max_new_tokens: int
+    model: PeftModel, tokenizer: PreTrainedTokenizerBase, prompt_ids: list[int], max_new_tokens: int
 ) -> tuple[list[int], list[float]]:
-    """The greedy answer's token ids, and for each the gate's mean over channels where it was written."""
+    """The greedy answer's token ids, and for each the share of the original memory where it was written: of IMSM the
+    gate's mean over channels, of SLIM the share of its identity experts, over all routers."""
     device = next(model.parameters()).device
     prompt = torch.tensor([prompt_ids], device=device)
     settings = greedy_settings(model, tokenizer, max_new_tokens)
     with no_own_settings(model):
         whole = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), generation_config=settings)
-    query = torch.zeros_like(whole)
-    query[:, : len(prompt_ids)] = 1
-    gate = model(input_ids=whole, query_mask=query, output_gate=True).gate  # [1, T, d]
-    shares = gate[0, len(prompt_ids) - 1 : -1].mean(-1)
+    written = slice(len(prompt_ids) - 1, whole.shape[1] - 1)
+    if isinstance(model, IMSMModel):
+        query = torch.zeros_like(whole)
+        query[:, : len(prompt_ids)] = 1
+        shares = model(input_ids=whole, query_mask=query, output_gate=True).gate[0, written].mean(-1)  # of [1, T, d]
+    else:
+        with watch_identity(model) as seen:
+            model(input_ids=whole)
+        # a router within one expert of a base that is a mixture itself does not see every token
+        shares = torch.stack([share for share in seen if len(share) == whole.shape[1]]).mean(0)[written]
     return whole[0, len(prompt_ids) :].tolist(), [round(share, 4) for share in shares.tolist()]
 
 

@@ -8,6 +8,9 @@ Knows nothing about what the experts do. SLIM (arXiv 2410.07739), with logits R(
 The identities' share is what is missing to one: it is never given to the LoRA experts.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -83,3 +86,16 @@ class Routing:
             return False
         unchanged = x.is_inference() or held._version == x._version
         return unchanged and held.data_ptr() == x.data_ptr() and held.shape == x.shape
+
+
+@contextmanager
+def watch_identity(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Within the block, the list gets from each router that runs the share of identity experts for its tokens, [N]."""
+    seen: list[Tensor] = []
+    routers = [module for module in model.modules() if isinstance(module, Router)]
+    hooks = [r.register_forward_hook(lambda module, x, shares: seen.append(1 - shares.sum(-1))) for r in routers]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
