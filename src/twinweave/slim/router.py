@@ -42,9 +42,22 @@ class Passing:
     clusters that take tokens in meanwhile, in an order that is the same in every process."""
 
     def __init__(self) -> None:
-        self.depth = 0
+        self.outermost: nn.Module | None = None
+        """The module whose forward the pass is; None between passes, also while a backward pass repeats parts."""
+        self.settled = False
+        """Whether the clusters have taken in what earlier passes gathered."""
         self.attention_mask: Tensor | None = None
         self.clusters: list[SlidingClusters] = []
+
+    def settle(self) -> None:
+        """Let the clusters take in what earlier passes gathered, once in a pass.
+
+        Only a pass that goes through them asks for it: others may come before the last step's backward pass.
+        """
+        if not self.settled:
+            for clusters in self.clusters:
+                clusters.update()
+        self.settled = True
 
     def attended(self, count: int) -> Tensor | None:
         """Which of `count` tokens are real, bool [count]; None where all are, or where nothing says."""
@@ -71,7 +84,10 @@ class Routing:
             return shares
         distance = None
         if self.clusters is not None:
-            distance = self.clusters(x, self.passing.attended(len(x)), gather=self.passing.depth > 0)
+            running = self.passing.outermost is not None
+            if running and self.clusters.track_running_stats:
+                self.passing.settle()
+            distance = self.clusters(x, self.passing.attended(len(x)), gather=running)
         shares = self.router(x, distance)
         self._kept = (x, shares, self.members - 1, torch.is_grad_enabled()) if self.members > 1 else None
         return shares
