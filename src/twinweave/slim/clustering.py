@@ -9,6 +9,8 @@ A batch's sums are gathered while the model runs and taken over before its next 
 gradient checkpointing repeats in the backward pass finds the clusters of the first time.
 """
 
+from collections.abc import Callable
+
 import torch
 from sklearn.cluster import kmeans_plusplus
 from torch import Tensor, distributed, nn
@@ -50,6 +52,15 @@ class SlidingClusters(nn.Module):
         """Whether there are clusters."""
         self._started = self.__dict__.get("_started") or bool(self.batches)  # read from the device until it is true
         return self._started
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SlidingClusters":
+        """As in torch, but for the precision: what η = 0.01 of a batch adds is lost in bf16."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in before.items():
+            if (moved := getattr(self, name)).dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
 
     @torch.no_grad()
     def forward(self, x: Tensor, attended: Tensor | None = None, gather: bool = False) -> Tensor | None:
