@@ -87,9 +87,9 @@ class SlimConfig(PeftConfig):
     target_modules: list[str] | str | None = field(default=None)
     """Names of the layers to adapt, as in LoraConfig; None: the linear layers of every feed-forward, as published.
 
-    A mixture of experts, which most models keep in one tensor, is adapted as a whole, unless its block has linear layers
-    of its own (shared experts): SLIM then reads what the mixture reads and adds to its output. Experts that are linear
-    layers get SLIM each, and their tokens count without regard to padding, which is unknown after the base's routing."""
+    A mixture of experts, which most models keep in one tensor, is adapted as a whole, unless its block has linear
+    layers of its own (shared experts): SLIM then reads what the mixture reads and adds to its output. Experts that are
+    linear layers get SLIM each; what is padding among the tokens that the base's router sends them is not known."""
 
     exclude_modules: list[str] | str | None = None
     """Layers among them to leave out."""

@@ -24,8 +24,8 @@ from .targets import sizes_of
 
 
 class SlimLayer(nn.Module, BaseTunerLayer):
-    """Wraps `base_layer`: anything from [..., C_in] to [..., C_out] that says its sizes, or a mixture of experts between
-    vectors of the model's `hidden_size`, which may give a tuple of which they are the first.
+    """Wraps `base_layer`: anything from [..., C_in] to [..., C_out] that says its sizes; or a mixture of experts, from
+    vectors of the model's `hidden_size` to such vectors or a tuple of which they are the first.
 
     Per adapter: `slim_A` [E, r, C_in], `slim_B` [E, r, C_out]; and, in the first layer of those that share a router,
     `slim_router` and `slim_clusters`. `name`, the layer's place in the model, makes its masks its own.
