@@ -85,7 +85,11 @@ class SlimConfig(PeftConfig):
     """Standard deviation of the router's first weights."""
 
     target_modules: list[str] | str | None = field(default=None)
-    """Names of the layers to adapt, as in LoraConfig; None: the linear layers of every feed-forward, as published."""
+    """Names of the layers to adapt, as in LoraConfig; None: the linear layers of every feed-forward, as published.
+
+    A mixture of experts, which most models keep in one tensor, is adapted as a whole, unless its block has linear
+    layers of its own (shared experts): SLIM then reads what the mixture reads and adds to its output. Experts that are
+    linear layers get SLIM each; what is padding among the tokens that the base's router sends them is not known."""
 
     exclude_modules: list[str] | str | None = None
     """Layers among them to leave out."""

@@ -14,11 +14,12 @@ from transformers import PreTrainedModel
 
 from ..errors import BaseMismatchError, UnsupportedModelError, UsageError
 from ..fingerprint import BaseFingerprint, fingerprint
+from ..imsm.anatomy import decoder_of
 from .clustering import SlidingClusters
 from .config import SLIM, SlimConfig
-from .layer import SlimLayer, sizes_of
+from .layer import SlimLayer
 from .router import Passing, Routing
-from .targets import feed_forward_layers
+from .targets import feed_forward_layers, hidden_size_of, is_mixture, sizes_of
 
 
 class SlimModel(BaseTuner):
@@ -95,7 +96,9 @@ class SlimModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         shared = _routing_of_siblings(parent, target, adapter_name) if peft_config.router_sharing == "input" else None
-        layer = target if isinstance(target, SlimLayer) else SlimLayer(target, current_key, adapter_name)
+        layer = target
+        if not isinstance(layer, SlimLayer):
+            layer = SlimLayer(target, current_key, adapter_name, hidden_size_of(self.model))
         layer.update_layer(adapter_name, peft_config, self.passing, shared)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -147,20 +150,27 @@ class SlimModel(BaseTuner):
 
 
 def _decoder_of(model: Any) -> nn.Module:
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
-    return decoder if isinstance(decoder, nn.Module) else cast(nn.Module, model)
+    decoder = decoder_of(model) if isinstance(model, PreTrainedModel) else None
+    return cast(nn.Module, model) if decoder is None else decoder
 
 
 def _routing_of_siblings(parent: nn.Module, target: nn.Module, adapter_name: str) -> Routing | None:
     """The routing of a layer beside this one that reads the same input. Layers of one module with the same sizes do,
     where input and output differ (a square layer may be a projection of the output); if not, they share the router's
     weights all the same, and each input is routed by itself."""
+    if is_mixture(target) or isinstance(parent, nn.ModuleList):
+        return None
     sizes = sizes_of(target)
-    if sizes[0] == sizes[1] or isinstance(parent, nn.ModuleList):
+    if sizes[0] == sizes[1]:
         return None
     siblings = (m for m in parent.children() if isinstance(m, SlimLayer) and m is not target)
     return next(
-        (m.routings[adapter_name] for m in siblings if adapter_name in m.routings and sizes_of(m) == sizes), None
+        (
+            m.routings[adapter_name]
+            for m in siblings
+            if adapter_name in m.routings and (m.in_features, m.out_features) == sizes
+        ),
+        None,
     )
 
 
