@@ -172,11 +172,12 @@ def test_several_adapters(make, make_base, perturb, tokens):
     model.set_adapter("default")
     assert torch.equal(logits(model, ids), first)
     model.base_model.set_adapter(["default", "other"])
+    model.eval()
     both = logits(model, ids)
     assert not torch.allclose(both, first)
     assert not torch.allclose(both, second)
     layer = model.base_model.model.model.layers[0].mlp.down_proj
-    x = torch.randn(3, 48)
+    x = layer.slim_clusters["default"].centres + 0.01 * torch.randn(2, 48)  # elsewhere all may be identity
     added = [layer._added(x, name) for name in ("default", "other")]
     torch.testing.assert_close(layer(x), layer.base_layer(x) + added[0] + added[1])
     model.set_adapter("default")
@@ -279,6 +280,7 @@ def test_which_layers(make_base):
     for changes, expected in (
         ({}, up_and_down),
         ({"layers_to_transform": [1]}, {n for n in up_and_down if "layers.1" in n}),
+        ({"layers_to_transform": 0}, {n for n in up_and_down if "layers.0" in n}),
         ({"exclude_modules": ["gate_proj"]}, {n for n in up_and_down if "gate" not in n}),
         ({"target_modules": ["q_proj"]}, {f"layers.{i}.self_attn.q_proj" for i in range(2)}),
         ({"target_modules": r".*0.*(up|down)_proj"}, {"layers.0.mlp.up_proj", "layers.0.mlp.down_proj"}),
@@ -295,6 +297,8 @@ def test_what_it_does_not_fit_is_our_error(make_base):
         get_slim_model(make_base(), small(target_modules=["nothing"]))
     with pytest.raises(UnsupportedModelError, match="Embedding"):
         get_slim_model(make_base(), small(target_modules=["embed_tokens"]))
+    with pytest.raises(UnsupportedModelError, match=r"7.*blocks 0 to 1"):
+        get_slim_model(make_base(), small(layers_to_transform=7))
 
 
 # --- sharing a router ----------------------------------------------------------------------------------------------

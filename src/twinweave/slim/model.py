@@ -3,6 +3,7 @@
 Knows nothing about training loops. What the layers compute is in `layer.py`, `router.py` and `clustering.py`.
 """
 
+import re
 from typing import Any, ClassVar, cast
 
 import torch
@@ -83,7 +84,8 @@ class SlimModel(BaseTuner):
                 )
         peft_config.base_fingerprint = own.to_dict()
         if peft_config.target_modules is None:
-            peft_config.target_modules = set(feed_forward_layers(model))  # type: ignore[assignment]
+            names = _in_blocks(feed_forward_layers(model), peft_config.layers_to_transform)
+            peft_config.target_modules = set(names)  # type: ignore[assignment]
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -152,6 +154,23 @@ class SlimModel(BaseTuner):
 def _decoder_of(model: Any) -> nn.Module:
     decoder = decoder_of(model) if isinstance(model, PreTrainedModel) else None
     return cast(nn.Module, model) if decoder is None else decoder
+
+
+def _in_blocks(names: list[str], blocks: list[int] | int | None) -> list[str]:
+    """Those layers that are in one of the blocks: PEFT asks this of names that it completes, and these are whole.
+
+    Raises UnsupportedModelError where there are none.
+    """
+    if blocks is None:
+        return names
+    wanted = {blocks} if isinstance(blocks, int) else set(blocks)
+    numbers = {name: int(re.findall(r"\.(\d+)\.", name)[0]) for name in names}
+    if not (found := [name for name in names if numbers[name] in wanted]):
+        raise UnsupportedModelError(
+            f"layers_to_transform is {blocks}, and the feed-forwards are in blocks {min(numbers.values())} to "
+            f"{max(numbers.values())}. Name some of these."
+        )
+    return found
 
 
 def _routing_of_siblings(parent: nn.Module, target: nn.Module, adapter_name: str) -> Routing | None:
