@@ -43,20 +43,21 @@ class SlimModel(BaseTuner):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         passing = self.passing
-        if passing.outermost is not None:
-            if module is not passing.outermost and module is not self.model:
-                return
-            self._forget()  # a pass that was interrupted: torch calls no hook then
-        passing.outermost = module
-        passing.settled = False
-        mask = kwargs.get("attention_mask")
-        passing.attention_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if module is self.model and passing.depth:  # the last pass was interrupted: torch calls no hook then
+            passing.depth = 0
+            self._forget()
+        if passing.depth == 0:
+            mask = kwargs.get("attention_mask")
+            passing.attention_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+            passing.settled = False
+        passing.depth += 1
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         passing = self.passing
-        if passing.outermost is not module:
+        passing.depth -= 1
+        if passing.depth:
             return
-        passing.outermost = passing.attention_mask = None
+        passing.attention_mask = None
         if output is None:  # it has failed
             self._forget()
             return
