@@ -117,6 +117,8 @@ class SlimModel(BaseTuner):
             return (output[0] + self._share_of_l1(**kwargs), *output[1:])
         if isinstance(getattr(output, "loss", None), Tensor):
             output.loss = output.loss + self._share_of_l1(**kwargs)
+        if _is_for_sft(output):
+            output.log_probs = output.log_probs - self.l1_loss() * output.label_mask
         return output
 
     def l1_loss(self) -> Tensor:
@@ -150,6 +152,13 @@ class SlimModel(BaseTuner):
         for hook in self._hooks:
             hook.remove()
         return model
+
+
+def _is_for_sft(output: Any) -> bool:
+    """Whether TRL's SFTTrainer will take its loss from the labels' log-probabilities. Its other trainers read them as a
+    policy's, which they have to stay; what is asked for beside them tells who asks."""
+    asked = [getattr(output, name, None) is not None for name in ("log_probs", "label_mask", "is_top1", "mean_logits")]
+    return asked == [True, True, True, False]
 
 
 def _decoder_of(model: Any) -> nn.Module:
