@@ -58,7 +58,7 @@ def run_rank(rank, port, folder):
 def of_both(tmp_path_factory):
     """What each of the processes found, by case."""
     context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("ranks")
-    context.set_forkserver_preload(["twinweave.compare"])
+    context.set_forkserver_preload(["twinweave.slim", "transformers.models.llama.modeling_llama"])
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]

@@ -208,6 +208,17 @@ def test_trls_trainer_trains_it_and_its_loss_has_the_term(world, tmp_path):
     assert batches == {8}
 
 
+@pytest.mark.parametrize("asked", [("log_probs", "entropy"), ("log_probs", "entropy", "mean_logits", "is_top1")])
+def test_log_probabilities_of_a_policy_are_left_as_they_are(asked, make_base, tokens):
+    """As TRL's GRPO and DPO ask for them; there the term is the caller's, from `l1_loss`."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    model, ids = get_slim_model(make_base(), SlimConfig(**SLIM)), tokens(2, 7)
+    expected = model(input_ids=ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
+    utils.add_fused_lm_head(model.get_base_model(), outputs=asked)
+    found = model.train()(input_ids=ids, labels=ids, fused_lm_head=True).log_probs  # B is zero: no masks
+    torch.testing.assert_close(found, expected)
+
+
 def test_rehearsal_settings_are_for_those_who_rehearse(world):
     assert get_method("slim_rehearsal").rehearses == "always"
     with pytest.raises(RecipeError, match="slim_rehearsal needs general text"):
