@@ -1,12 +1,12 @@
 """Two processes that each see a part of the batch have the clusters of one that sees all of it."""
 
-import runpy
 import socket
-from pathlib import Path
 
 import pytest
 import torch
 from torch import distributed, multiprocessing
+
+from twinweave.slim import SlimConfig, get_slim_model
 
 CASES = {
     # per step, the rows of the batch that the first process gets; the second gets the others
@@ -17,8 +17,6 @@ CASES = {
 
 
 def make_model(make_base):
-    from twinweave.slim import SlimConfig, get_slim_model
-
     torch.manual_seed(3)
     config = SlimConfig(r=2, num_experts=3, num_clusters=2, cluster_rate=0.2)
     return get_slim_model(make_base(), config).train()
@@ -44,10 +42,8 @@ def clusters_after(model, case, rank=None):
     return {n: b.clone() for n, b in model.state_dict().items() if "slim_clusters" in n}
 
 
-def run_rank(rank, port, folder):
+def run_rank(make_base, rank, port, folder):
     """In a process of its own: all cases."""
-    torch.set_num_threads(1)
-    make_base = runpy.run_path(str(Path(__file__).parents[1] / "conftest.py"))["make_base_model"]
     distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     torch.save({case: clusters_after(make_model(make_base), case, rank) for case in CASES}, folder / f"{rank}.pt")
     distributed.barrier()
@@ -55,22 +51,17 @@ def run_rank(rank, port, folder):
 
 
 @pytest.fixture(scope="module")
-def of_both(tmp_path_factory):
-    """What each of the processes found, by case."""
-    context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("ranks")
-    context.set_forkserver_preload(["twinweave.slim", "transformers.models.llama.modeling_llama"])
+def of_both(make_base, tmp_path_factory):
+    """What each of the processes found, by case. They are forks, which have everything imported."""
+    context, folder = multiprocessing.get_context("fork"), tmp_path_factory.mktemp("ranks")
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    # by file, since test modules cannot be imported by another process
-    processes = [
-        context.Process(target=runpy.run_path, args=(__file__, {"JOB": (rank, port, folder)}, "__rank__"))
-        for rank in range(2)
-    ]
+    processes = [context.Process(target=run_rank, args=(make_base, rank, port, folder)) for rank in range(2)]
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(60)
     hung = [process for process in processes if process.is_alive()]
     for process in hung:
         process.kill()
@@ -87,7 +78,3 @@ def test_clusters_are_those_of_one_process(case, of_both, make_base):
     for name, tensor in expected.items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], tensor, rtol=1e-4, atol=1e-5)
-
-
-if __name__ == "__rank__":
-    run_rank(*JOB)  # noqa: F821  # given by run_path
