@@ -33,6 +33,7 @@ from .checks import CHECKS, refusal, run_check, said
 # Each grid: the names of its subjects, and what makes one of a name.
 GRIDS: dict[str, tuple[tuple[str, ...], Any]] = {
     "architectures": (architectures.NAMES, architectures.subject),
+    "slim": (architectures.NAMES, architectures.slim_subject),
     "peft": (peft_types.TYPES, peft_types.subject),
     "lora": (peft_types.LORAS, peft_types.subject),
 }

@@ -6,6 +6,7 @@ what is checked.
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,9 +16,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig,
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 
+from twinweave import SlimConfig
 from twinweave.imsm.anatomy import decoder_of
 
-from .subject import PAD, Subject
+from .subject import PAD, Subject, start_clusters
 
 NAMES = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 VOCAB, HIDDEN, HEADS, FIRST = 96, 64, 4, 10
@@ -225,3 +227,13 @@ def subject(name: str) -> Subject:
     """Architecture `name` with LoRA."""
     make: Callable[..., PreTrainedModel] = lambda **changes: tiny_model(name, **changes)  # noqa: E731
     return Subject(name, make, adapter, vocab=VOCAB, first=FIRST)
+
+
+def slim(base: PreTrainedModel) -> PeftConfig:
+    """SLIM where it goes by itself: beside every feed-forward."""
+    return SlimConfig(task_type="CAUSAL_LM", r=4, num_clusters=4)
+
+
+def slim_subject(name: str) -> Subject:
+    """Architecture `name` with SLIM."""
+    return replace(subject(name), make_peft=slim, prepare=start_clusters)

@@ -147,13 +147,19 @@ def takes(model: Any, name: str) -> bool:
 
 
 def gradients(model: Any, **inputs: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and the gradients that are not zero, of a training step without an update."""
+    """Loss and the gradients that are not zero, of a training step without an update. Buffers are left as they were, so
+    that the next such step is compared with this one: SLIM's clusters slide."""
     torch.manual_seed(11)
     model.zero_grad()
+    model.state_dict()  # clusters take in what they have gathered
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.train()
     loss = model(**inputs).loss
     loss.backward()
     model.eval()
+    model.state_dict()
+    for name, buffer in model.named_buffers():
+        buffer.copy_(before.get(name, buffer))
     found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None and bool(p.grad.any())}
     model.zero_grad()
     return loss.detach(), found

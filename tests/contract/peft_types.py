@@ -1,4 +1,4 @@
-"""A configuration for every PEFT type, and for the variants of LoRA, that fits a tiny Llama.
+"""A configuration for every PEFT type, for SLIM as one more, and for the variants of LoRA, that fits a tiny Llama.
 
 Knows nothing about checks. What a configuration cannot do, and why, stands beside it.
 """
@@ -26,9 +26,10 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from twinweave import IMSMModel
 from twinweave.errors import UnsupportedModelError
+from twinweave.slim.config import SLIM
 
 from .checks import NotApplicable
-from .subject import Subject
+from .subject import Subject, start_clusters
 
 VOCAB = 61
 ATTENTION = ["q_proj", "v_proj"]
@@ -38,7 +39,7 @@ VIRTUAL = 4
 INVOCATION = [7, 9]
 
 # Settings that fit 32 channels where PEFT's own are for thousands.
-SETTINGS: dict[PeftType, dict[str, Any]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     PeftType.LORA: {"r": 4, "lora_alpha": 8},
     PeftType.ADALORA: {"init_r": 6, "target_r": 4, "tinit": 1, "tfinal": 1, "total_step": 10},
     PeftType.ADAMSS: {"r": 8, "num_subspaces": 2},
@@ -88,6 +89,7 @@ SETTINGS: dict[PeftType, dict[str, Any]] = {
         "cpt_mask": [1, 1, 1, 1, 1],
         "cpt_tokens_type_mask": [1, 2, 2, 3, 4],
     },
+    SLIM: {"r": 4, "num_clusters": 4, "target_modules": None},
 }
 
 # What a LoRA can be beside what it is by default. PiSSA, OLoRA, CorDA and LoRA-GA are compared with PEFT's own in
@@ -115,7 +117,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "modules_to_save, the head": {"modules_to_save": ["lm_head"]},
     "layer_replication": {"layer_replication": [(0, 2), (1, 2)]},
 }
-TYPES = tuple(sorted(kind.value for kind in PeftType))
+TYPES = tuple(sorted([*(kind.value for kind in PeftType), SLIM]))
 LORAS = tuple(f"LORA: {variant}" for variant in VARIANTS)
 
 
@@ -151,8 +153,8 @@ class PeftSubject(Subject):
 def subject(name: str) -> PeftSubject:
     """The subject called `name`, one of TYPES or LORAS."""
     kind, _, variant = name.partition(": ")
-    prepare = _eva if variant == "EVA" else lambda model: None
-    again = not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)], PromptLearningConfig)
+    prepare = _eva if variant == "EVA" else start_clusters if kind == SLIM else lambda model: None
+    again = not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], PromptLearningConfig)
     make = partial(_make_config, kind, variant)
     return PeftSubject(name, make_base, make, VOCAB, prepare=prepare, trainable_again=again)
 
@@ -184,8 +186,8 @@ def make_base(**changes: Any) -> PreTrainedModel:
 
 
 def _make_config(kind: str, variant: str, base: PreTrainedModel) -> PeftConfig:
-    made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind)]
-    settings = copy.deepcopy(SETTINGS.get(PeftType(kind), {}) | (VARIANTS[variant] if variant else {}))
+    made = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    settings = copy.deepcopy(SETTINGS.get(kind, {}) | (VARIANTS[variant] if variant else {}))
     fields = {field.name for field in dataclasses.fields(made)}
     if "target_modules" in fields and "num_virtual_tokens" not in fields:
         settings.setdefault("target_modules", ATTENTION)

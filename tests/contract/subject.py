@@ -102,3 +102,12 @@ def move_trainable(model: nn.Module, seed: int = 1) -> None:
             if parameter.requires_grad:
                 noise = torch.randn(parameter.shape, generator=generator)
                 parameter.add_(((0.4 if name.startswith("gate.") else 0.2) * noise).to(parameter.dtype))
+
+
+def start_clusters(model: PeftModelForCausalLM) -> None:
+    """Let SLIM see two batches in training mode, so that it has clusters and they have slid."""
+    model.train()
+    with torch.no_grad():
+        for seed in (1, 2):
+            model(input_ids=torch.randint(10, 60, (4, 8), generator=torch.Generator().manual_seed(seed)))
+    model.eval()

@@ -6,11 +6,18 @@ from typing import Any
 from .checks import CHECKS
 
 Finding = dict[str, Any]
-TITLES = {"architectures": "Architectures", "peft": "PEFT types", "lora": "LoRA in its variants"}
+TITLES = {
+    "architectures": "Architectures",
+    "slim": "Architectures with SLIM",
+    "peft": "PEFT types",
+    "lora": "LoRA in its variants",
+}
 INTRODUCTION = {
     "architectures": "Every model type in transformers' causal-LM mapping, as a tiny model with random weights, with "
     "LoRA on all linear layers of its decoder.",
-    "peft": "Every PEFT type, on a tiny Llama with random weights.",
+    "slim": "The same models with SLIM at every feed-forward in LoRA's place. Its clusters have been started by two "
+    "batches.",
+    "peft": "Every PEFT type, and SLIM, on a tiny Llama with random weights.",
     "lora": "On the same Llama. PiSSA, OLoRA, CorDA and LoRA-GA are compared with PEFT's own in the library's tests: "
     "there the base's weights change, here they do not, and the two agree up to rounding.",
 }

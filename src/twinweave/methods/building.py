@@ -140,7 +140,8 @@ def slim(**changes: Any) -> Build:
         base: PreTrainedModel, adapter: Adapter, settings: Settings, materials: Materials | None = None
     ) -> PeftModel:
         check_base(base)
-        return get_slim_model(base, slim_config(adapter, settings, **changes))
+        with _refusals(base):
+            return get_slim_model(base, slim_config(adapter, settings, **changes))
 
     return build
 

@@ -15,16 +15,17 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..errors import UnsupportedModelError
 from .clustering import SlidingClusters
 from .config import SlimConfig
 from .router import Passing, Router, Routing
+from .targets import sizes_of
 
 
 class SlimLayer(nn.Module, BaseTunerLayer):
-    """Wraps `base_layer` (anything from [..., C_in] to [..., C_out] that says its sizes).
+    """Wraps `base_layer`: anything from [..., C_in] to [..., C_out] that says its sizes; or a mixture of experts, from
+    vectors of the model's `hidden_size` to such vectors or a tuple of which they are the first.
 
     Per adapter: `slim_A` [E, r, C_in], `slim_B` [E, r, C_out]; and, in the first layer of those that share a router,
     `slim_router` and `slim_clusters`. `name`, the layer's place in the model, makes its masks its own.
@@ -33,12 +34,12 @@ class SlimLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("slim_A", "slim_B", "slim_router")
     other_param_names = ("slim_clusters", "configs", "routings", "_drawn")
 
-    def __init__(self, base_layer: nn.Module, name: str, adapter_name: str) -> None:
+    def __init__(self, base_layer: nn.Module, name: str, adapter_name: str, hidden_size: int | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.name = name
         self._active_adapter = adapter_name
-        self.in_features, self.out_features = sizes_of(base_layer)
+        self.in_features, self.out_features = sizes_of(base_layer, hidden_size)
         self.slim_A = nn.ParameterDict()
         self.slim_B = nn.ParameterDict()
         self.slim_router = nn.ModuleDict()
@@ -71,15 +72,23 @@ class SlimLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         return routing
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base layer's output, with what the active adapters add: [..., C_in] -> [..., C_out]."""
-        output = cast(Tensor, self.base_layer(x, *args, **kwargs))
+        whole = self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
-            return output
+            return whole
+        output = cast(Tensor, whole[0] if isinstance(whole, tuple) else whole)
         for name in self.active_adapters:
             if name in self.configs and (added := self._added(x, name)) is not None:
-                output = output + added.to(output.dtype)
-        return output
+                output = output + added.view_as(output).to(output.dtype)
+        return (output, *whole[1:]) if isinstance(whole, tuple) else output
+
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> Any:
+        found = super()._get_base_layer_device_and_dtype(base_layer)
+        if found[0] is None:  # a mixture of experts has no weight of its own
+            weight = next(base_layer.parameters())
+            found = weight.device, weight.dtype
+        return found
 
     def _added(self, x: Tensor, name: str) -> Tensor | None:
         """What the LoRA experts add, [..., C_out]; None where every token went to identity experts."""
@@ -102,7 +111,8 @@ class SlimLayer(nn.Module, BaseTunerLayer):
             return None
         if self.training:
             return self._draw(config, like)
-        if name not in self._drawn or self._drawn[name][0].device != like.device:
+        drawn = self._drawn.get(name)
+        if drawn is None or (drawn[0].device, drawn[0].dtype) != (like.device, like.dtype):
             seed = zlib.crc32(f"{config.mask_seed}/{self.name}".encode())
             columns, rows = self._draw(config, torch.empty(0), torch.Generator().manual_seed(seed))
             self._drawn[name] = columns.to(like), rows.to(like)
@@ -132,17 +142,3 @@ class SlimLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Nothing is ever merged."""
-
-
-def sizes_of(layer: nn.Module) -> tuple[int, int]:
-    """C_in and C_out of a linear layer, or one that PEFT has wrapped already. Raises UnsupportedModelError."""
-    if isinstance(layer, BaseTunerLayer):
-        layer = layer.get_base_layer()
-    if isinstance(layer, Conv1D):
-        return cast(int, layer.nx), cast(int, layer.nf)
-    sizes = getattr(layer, "in_features", None), getattr(layer, "out_features", None)
-    if isinstance(sizes[0], int) and isinstance(sizes[1], int):
-        return sizes[0], sizes[1]
-    raise UnsupportedModelError(
-        f"SLIM puts experts beside linear layers, and {type(layer).__name__} is none. Leave it out of target_modules."
-    )

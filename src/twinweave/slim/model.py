@@ -3,6 +3,7 @@
 Knows nothing about training loops. What the layers compute is in `layer.py`, `router.py` and `clustering.py`.
 """
 
+import re
 from typing import Any, ClassVar, cast
 
 import torch
@@ -14,11 +15,12 @@ from transformers import PreTrainedModel
 
 from ..errors import BaseMismatchError, UnsupportedModelError, UsageError
 from ..fingerprint import BaseFingerprint, fingerprint
+from ..imsm.anatomy import decoder_of
 from .clustering import SlidingClusters
 from .config import SLIM, SlimConfig
-from .layer import SlimLayer, sizes_of
+from .layer import SlimLayer
 from .router import Passing, Routing
-from .targets import feed_forward_layers
+from .targets import feed_forward_layers, hidden_size_of, is_mixture, sizes_of
 
 
 class SlimModel(BaseTuner):
@@ -41,22 +43,31 @@ class SlimModel(BaseTuner):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         passing = self.passing
+        if module is self.model and passing.depth:  # the last pass was interrupted: torch calls no hook then
+            passing.depth = 0
+            self._forget()
         if passing.depth == 0:
             mask = kwargs.get("attention_mask")
             passing.attention_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-            for clusters in passing.clusters:
-                if clusters.track_running_stats:  # or the backward pass of the last step is still to come
-                    clusters.update()
+            passing.settled = False
         passing.depth += 1
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         passing = self.passing
         passing.depth -= 1
-        if passing.depth == 0:
-            passing.attention_mask = None
-            for clusters in passing.clusters:
-                if clusters.training and clusters.track_running_stats:
-                    clusters.share()
+        if passing.depth:
+            return
+        passing.attention_mask = None
+        if output is None:  # it has failed
+            self._forget()
+            return
+        for clusters in passing.clusters:
+            if clusters.training and clusters.track_running_stats:
+                clusters.share()
+
+    def _forget(self) -> None:
+        for clusters in self.passing.clusters:
+            clusters.forget()
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config  # the model itself says which layers: see _prepare_model
@@ -74,7 +85,8 @@ class SlimModel(BaseTuner):
                 )
         peft_config.base_fingerprint = own.to_dict()
         if peft_config.target_modules is None:
-            peft_config.target_modules = set(feed_forward_layers(model))  # type: ignore[assignment]
+            names = _in_blocks(feed_forward_layers(model), peft_config.layers_to_transform)
+            peft_config.target_modules = set(names)  # type: ignore[assignment]
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -87,7 +99,9 @@ class SlimModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         shared = _routing_of_siblings(parent, target, adapter_name) if peft_config.router_sharing == "input" else None
-        layer = target if isinstance(target, SlimLayer) else SlimLayer(target, current_key, adapter_name)
+        layer = target
+        if not isinstance(layer, SlimLayer):
+            layer = SlimLayer(target, current_key, adapter_name, hidden_size_of(self.model))
         layer.update_layer(adapter_name, peft_config, self.passing, shared)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -103,6 +117,8 @@ class SlimModel(BaseTuner):
             return (output[0] + self._share_of_l1(**kwargs), *output[1:])
         if isinstance(getattr(output, "loss", None), Tensor):
             output.loss = output.loss + self._share_of_l1(**kwargs)
+        if _is_for_sft(output):
+            output.log_probs = output.log_probs - self.l1_loss() * output.label_mask
         return output
 
     def l1_loss(self) -> Tensor:
@@ -138,21 +154,52 @@ class SlimModel(BaseTuner):
         return model
 
 
+def _is_for_sft(output: Any) -> bool:
+    """Whether TRL's SFTTrainer will take its loss from the labels' log-probabilities. Its other trainers read them as a
+    policy's, which they have to stay; what is asked for beside them tells who asks."""
+    asked = [getattr(output, name, None) is not None for name in ("log_probs", "label_mask", "is_top1", "mean_logits")]
+    return asked == [True, True, True, False]
+
+
 def _decoder_of(model: Any) -> nn.Module:
-    decoder = model.get_decoder() if isinstance(model, PreTrainedModel) else None
-    return decoder if isinstance(decoder, nn.Module) else cast(nn.Module, model)
+    decoder = decoder_of(model) if isinstance(model, PreTrainedModel) else None
+    return cast(nn.Module, model) if decoder is None else decoder
+
+
+def _in_blocks(names: list[str], blocks: list[int] | int | None) -> list[str]:
+    """Those layers that are in one of the blocks: PEFT asks this of names that it completes, and these are whole.
+
+    Raises UnsupportedModelError where there are none.
+    """
+    if blocks is None:
+        return names
+    wanted = {blocks} if isinstance(blocks, int) else set(blocks)
+    numbers = {name: int(re.findall(r"\.(\d+)\.", name)[0]) for name in names}
+    if not (found := [name for name in names if numbers[name] in wanted]):
+        raise UnsupportedModelError(
+            f"layers_to_transform is {blocks}, and the feed-forwards are in blocks {min(numbers.values())} to "
+            f"{max(numbers.values())}. Name some of these."
+        )
+    return found
 
 
 def _routing_of_siblings(parent: nn.Module, target: nn.Module, adapter_name: str) -> Routing | None:
     """The routing of a layer beside this one that reads the same input. Layers of one module with the same sizes do,
     where input and output differ (a square layer may be a projection of the output); if not, they share the router's
     weights all the same, and each input is routed by itself."""
+    if is_mixture(target) or isinstance(parent, nn.ModuleList):
+        return None
     sizes = sizes_of(target)
-    if sizes[0] == sizes[1] or isinstance(parent, nn.ModuleList):
+    if sizes[0] == sizes[1]:
         return None
     siblings = (m for m in parent.children() if isinstance(m, SlimLayer) and m is not target)
     return next(
-        (m.routings[adapter_name] for m in siblings if adapter_name in m.routings and sizes_of(m) == sizes), None
+        (
+            m.routings[adapter_name]
+            for m in siblings
+            if adapter_name in m.routings and (m.in_features, m.out_features) == sizes
+        ),
+        None,
     )
 
 
