@@ -39,7 +39,9 @@ def parser() -> Any:
     found.add_argument("--new-tokens", type=int, default=32)
     found.add_argument("--yielding", type=float, default=0.0, help="γ while measuring; 0: no token yields to identity")
     found.add_argument("--literal", type=int, metavar="REPEATS", help="rounds of the literal writing, which is slow")
-    found.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS[1:], help="only these")
+    found.add_argument(
+        "--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS[1:], help="only these; base: not trained"
+    )
     return found
 
 
@@ -95,14 +97,15 @@ def read_prompt(systems: SlimSystems, system: str, ids: Tensor, args: Any) -> fl
 def runs_of(args: Any, systems: SlimSystems, work: str, ids: Tensor) -> dict[str, Callable[[], float]]:
     """What each system does in each round of a case."""
     trains = work in ("training", "layers")
+    names = [name for name in args.systems if name != "base" or work != "training"]
     for system in SYSTEMS:
         systems.model(system).train(trains)
     if trains:
         make = training_step if work == "training" else feed_forward
-        steps = {name: make(systems, name, ids) for name in args.systems}
+        steps = {name: make(systems, name, ids) for name in names}
         return {name: partial(seconds, args.device, step) for name, step in steps.items()}
     run = decode if work == "decode" else read_prompt
-    return {name: partial(run, systems, name, ids, args) for name in args.systems}
+    return {name: partial(run, systems, name, ids, args) for name in names}
 
 
 def systems_of(args: Any) -> SlimSystems:

@@ -77,6 +77,22 @@ def test_a_literal_feed_forward_is_slims_on_any_input(systems: SlimSystems) -> N
     literal.eval()
 
 
+def test_one_token_reads_the_experts_it_chose_only_and_gets_the_same(systems: SlimSystems) -> None:
+    x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(6), requires_grad=True)
+    for layer in slim_layers(systems)[:3]:
+        layer.eval()
+        tokens = x if layer.in_features == 64 else torch.cat((x, x), -1)
+        whole = layer(tokens)
+        for token in range(40):
+            alone = layer(tokens[:, token : token + 1])
+            torch.testing.assert_close(alone, whole[:, token : token + 1], atol=1e-6, rtol=1e-4)
+        chosen = layer.routings["default"](tokens[:, 0]).count_nonzero()
+        (gradient,) = torch.autograd.grad(
+            layer(tokens[:, :1]).sum(), layer.slim_A["default"], allow_unused=True, materialize_grads=True
+        )
+        assert gradient.flatten(1).any(1).sum() == chosen <= 2
+
+
 def test_distances_and_sliding_of_the_clusters_are_the_same(systems: SlimSystems) -> None:
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(3))
     one, other = (copy.deepcopy(clusters_of(systems)[0]).train() for _ in range(2))
