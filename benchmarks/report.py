@@ -55,6 +55,18 @@ the gate alone, or gate and adapter; the original memory of the rehearsed rows i
 
 Each system in a fresh process. `peak` is all of it; `above_empty` is without interpreter and libraries; `above_loaded`
 is also without the loaded model. `one state mib` is the size of one `[B, T, d]` tensor.""",
+    "slim": """## SLIM
+
+SLIM with its default settings (8 LoRA experts of rank 16, 2 identity experts, top 2, half of each expert masked) beside
+`lora`, PEFT's LoRA with as many parameters (rank 128) on the same feed-forward layers. `slim_literal` is SLIM as its
+equations are read: a loop over experts, each with its whole masked product of the size of W; tests prove it equal.
+`training` is forward, backward and AdamW over all tokens; `layers` is forward and backward of one block's feed-forward
+alone; `decode` is per token of a greedy loop, the prefill left out; `prefill` reads a prompt into an empty cache.
+
+So that skipped work does not flatter SLIM, B is not zero, the clusters have seen text, the routers' logits spread by
+one, and γ is 0 unless the command says otherwise: distances are computed, but send no token to the identities.
+`to_identity` is the mean weight that these have all the same, `only_identity` the share of tokens with nothing else,
+and `skipped` the share of routings in which that holds for every token, so that the experts are not computed.""",
     "crossover": """## Stacked against two passes
 
 Below 1 the stacked pass is faster: where the ratio passes 1 is where `auto` should change over.""",

@@ -93,11 +93,17 @@ class SlimLayer(nn.Module, BaseTunerLayer):
     def _added(self, x: Tensor, name: str) -> Tensor | None:
         """What the LoRA experts add, [..., C_out]; None where every token went to identity experts."""
         shares = self.routings[name](x.reshape(-1, self.in_features))
-        # In training it is computed all the same: every process has to come by every parameter.
-        if not self.training and not shares.any():
-            return None
         a, b = self.slim_A[name], self.slim_B[name]
-        if (masks := self._masks(name, a)) is not None:
+        masks = self._masks(name, a)
+        # In training all are computed all the same: every process has to come by every parameter.
+        if not self.training:
+            used = shares.any(0).nonzero()[:, 0]
+            if not len(used):
+                return None
+            if len(used) < len(a):  # a few tokens, as in generation, need not read the experts that none of them chose
+                a, b, shares = a.index_select(0, used), b.index_select(0, used), shares[:, used]
+                masks = None if masks is None else (masks[0][used], masks[1][used])
+        if masks is not None:
             a, b = a * masks[0][:, None], b * masks[1][:, None]
         hidden = x.reshape(-1, self.in_features).to(a.dtype) @ a.flatten(0, 1).T  # [N, E·r]
         hidden = (hidden.view(-1, *a.shape[:2]) * shares.to(hidden.dtype)[..., None]).flatten(1)
