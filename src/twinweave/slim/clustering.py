@@ -5,11 +5,12 @@ Knows nothing about routers and experts. SLIM (arXiv 2410.07739), for a token x 
     d = max over channels of |x − c| / σ − 1        (or the root mean square over channels in the maximum's place)
     c ← (1 − η) c + η · mean of the batch's tokens nearest to c,    σ² ← (1 − η) σ² + η · mean of their (x − c)²
 
-A batch's sums are gathered while the model runs and taken over before its next run (`update`), so that a forward which
-gradient checkpointing repeats in the backward pass finds the clusters of the first time.
+A batch's sums are gathered while the model runs, added up over all processes when it has (`share`), and taken in before
+its next run (`update`), so that a forward which gradient checkpointing repeats in the backward pass finds the clusters
+of the first time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from sklearn.cluster import kmeans_plusplus
@@ -18,6 +19,7 @@ from torch import Tensor, distributed, nn
 from .config import SlimConfig
 
 _FIRST_TOKENS = 256  # of the first batch, from which the clusters start
+_LEAST_VARIANCE = 1e-14  # squared rounding of fp32: where all tokens are equal
 _LEAST_SHARE = 1e-6  # of the mean variance: what a channel's variance counts as at least
 
 
@@ -42,16 +44,23 @@ class SlidingClusters(nn.Module):
         self.register_buffer("centres", torch.zeros(config.num_clusters, channels))
         self.register_buffer("variances", torch.ones(config.num_clusters, channels))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
-        self._first: Tensor | None = None  # tokens of the first batch
-        self._start: Tensor | None = None  # the centres chosen among them
-        self._sums: Tensor | None = None  # [N_c, 1 + 2·C]: tokens, and the sums of x − c and (x − c)²
+        self._started = False
+        self._first: Tensor | None = None  # of the pass that runs: some of its tokens, as long as there are no clusters
+        self._sums: Tensor | None = None  # and, [N_c, 1 + 2·C], its tokens' number, and sums of x − c and (x − c)²
+        self._start: Tensor | None = None  # the centres chosen among the first tokens
+        self._due: list[Tensor] = []  # the sums of earlier passes, of all processes
         self.register_state_dict_pre_hook(lambda module, *_: module.update())
+        self.register_load_state_dict_pre_hook(_forget_if_replaced)
 
     @property
     def started(self) -> bool:
         """Whether there are clusters."""
-        self._started = self.__dict__.get("_started") or bool(self.batches)  # read from the device until it is true
+        self._started = self._started or bool(self.batches)  # read from the device until it is true
         return self._started
+
+    def forget(self) -> None:
+        """Leave out what the pass that runs has gathered so far."""
+        self._first = self._sums = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SlidingClusters":
         """As in torch, but for the precision: what η = 0.01 of a batch adds is lost in bf16."""
@@ -68,12 +77,13 @@ class SlidingClusters(nn.Module):
 
         `gather`: the tokens (those that are `attended`, bool [N]) are to be taken in by the next `update`.
         """
-        x = x.float()
-        gather = gather and self.training and self.track_running_stats
+        with torch.autocast(x.device.type, enabled=False):
+            return self._distances(x.float(), attended, gather and self.training and self.track_running_stats)
+
+    def _distances(self, x: Tensor, attended: Tensor | None, gather: bool) -> Tensor | None:
         if not self.started:
             if gather:
-                kept = x if attended is None else x[attended]
-                self._first = kept[:: max(1, len(kept) // _FIRST_TOKENS)][:_FIRST_TOKENS]
+                self._first = _some_of(x if attended is None else x[attended], _FIRST_TOKENS // _processes())
             return None
         nearest = self._nearest(x, self.centres)
         apart = x - self.centres[nearest]
@@ -95,44 +105,45 @@ class SlidingClusters(nn.Module):
         members = nn.functional.one_hot(nearest, clusters).to(apart.dtype)
         if attended is not None:
             members *= attended[:, None]
+            apart = apart.masked_fill(~attended[:, None], 0)  # what padding holds may be no number
         return torch.cat((members.sum(0)[:, None], members.T @ apart, members.T @ apart.square()), -1)
 
     @torch.no_grad()
     def share(self) -> None:
         """Add up what all processes have gathered: each of them has to call it, whether or not it has seen a token."""
+        sums, self._sums = self._sums, None
         if not self.started:
-            self._choose_start()
-            if self._start is None:
-                return
-        elif self._sums is None and _processes() > 1:
-            self._sums = self.centres.new_zeros(len(self.centres), 1 + 2 * self.centres.shape[1])
-        if self._sums is not None and _processes() > 1:
-            distributed.all_reduce(self._sums)
+            if not self._due:
+                self._choose_start()
+            return
+        if _processes() > 1:
+            sums = self.centres.new_zeros(len(self.centres), 1 + 2 * self.centres.shape[1]) if sums is None else sums
+            distributed.all_reduce(sums)
+        if sums is not None:
+            self._due.append(sums)
 
     def _choose_start(self) -> None:
-        """Centres among the first process's first tokens (k-means++), and this process's sums around them."""
-        count, channels = self.centres.shape
-        tokens = self.centres[:0] if self._first is None else self._first
-        chosen = self.centres.new_zeros(count + 1, channels)  # the last row says whether there are any
-        if _rank() == 0 and len(tokens) >= 2 * count:
-            chosen[:count] = torch.from_numpy(kmeans_plusplus(tokens.cpu().numpy(), count, random_state=0)[0])
-            chosen[count] = 1
-        if _processes() > 1:
-            distributed.broadcast(chosen, 0)
+        """Centres among the first tokens of all processes (k-means++, the same in each), and the sums around them."""
+        count = len(self.centres)
+        tokens = _of_all(self.centres[:0] if self._first is None else self._first)
         self._first = None
-        if not chosen[count, 0]:
+        if len(tokens) < 2 * count:
             return
-        self._start = chosen[:count]
-        nearest = self._nearest(tokens, self._start)
-        self._sums = self._sums_of(tokens - self._start[nearest], nearest, None, count)
+        self._start = torch.from_numpy(kmeans_plusplus(tokens.cpu().numpy(), count, random_state=0)[0]).to(tokens)
+        with torch.autocast(tokens.device.type, enabled=False):
+            nearest = self._nearest(tokens, self._start)
+            self._due.append(self._sums_of(tokens - self._start[nearest], nearest, None, count))
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take in what was gathered, if anything was."""
-        if self._sums is None:
-            return
-        count, moved, spread = self._sums.split((1, self.centres.shape[1], self.centres.shape[1]), -1)
-        start, self._start, self._sums = self._start, None, None
+        """Take in what was gathered and shared, if anything was."""
+        due, self._due = self._due, []
+        for sums in due:
+            self._take_in(sums)
+
+    def _take_in(self, sums: Tensor) -> None:
+        count, moved, spread = sums.split((1, self.centres.shape[1], self.centres.shape[1]), -1)
+        start, self._start = self._start, None
         mean, variance = moved / count.clamp(min=1), spread / count.clamp(min=1)
         if start is not None:  # too few tokens for a variance of each cluster: they start with that around all centres
             pooled = (spread - count * mean.square()).sum(0) / count.sum()
@@ -147,12 +158,33 @@ class SlidingClusters(nn.Module):
 
 def _floored(variances: Tensor) -> Tensor:
     """Variances [N_c, C] of which none is so small that the distance is made by rounding."""
-    return variances + _LEAST_SHARE * variances.mean(-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    return variances + _LEAST_SHARE * variances.mean(-1, keepdim=True) + _LEAST_VARIANCE
+
+
+def _forget_if_replaced(clusters: SlidingClusters, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
+    if f"{prefix}centres" in state:
+        clusters.forget()
+        clusters._start, clusters._due, clusters._started = None, [], False
+
+
+def _some_of(tokens: Tensor, most: int) -> Tensor:
+    """At most so many of them, evenly spread."""
+    return (
+        tokens[torch.linspace(0, len(tokens) - 1, most, device=tokens.device).long()] if len(tokens) > most else tokens
+    )
+
+
+def _of_all(tokens: Tensor) -> Tensor:
+    """The tokens of all processes, in their order; none of them has more than its share of _FIRST_TOKENS."""
+    if _processes() == 1:
+        return tokens
+    own = tokens.new_zeros(_FIRST_TOKENS // _processes(), 1 + tokens.shape[1])  # the first column: whether it is one
+    own[: len(tokens), 0], own[: len(tokens), 1:] = 1, tokens
+    parts = [torch.empty_like(own) for _ in range(_processes())]
+    distributed.all_gather(parts, own)
+    found = torch.cat(parts)
+    return found[found[:, 0] > 0, 1:]
 
 
 def _processes() -> int:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
-
-
-def _rank() -> int:
-    return distributed.get_rank() if _processes() > 1 else 0

@@ -118,23 +118,24 @@ class SlimConfig(PeftConfig):
         ):
             if (value := getattr(self, name)) not in get_args(kinds):
                 raise UsageError(unknown_name(name, str(value), get_args(kinds)))
-        for name, least in (("r", 1), ("num_experts", 1), ("num_identity_experts", 0), ("num_clusters", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
-        if not 1 <= self.top_k <= self.experts:
+        least = {"r": 1, "num_experts": 1, "num_identity_experts": 0, "num_clusters": 1, "mask_seed": 0, "top_k": 1}
+        for name, lowest in least.items():
+            if not _is_whole(value := getattr(self, name)) or value < lowest:
+                raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {lowest}.")
+        if self.top_k > self.experts:
             raise UsageError(
                 f"top_k is {self.top_k!r}; it must lie between 1 and the number of experts, {self.experts}."
             )
-        if not 0 <= self.masking_ratio < 1:
+        for name in ("yielding_strength", "l1_weight", "router_init_std", "masking_ratio", "cluster_rate"):
+            if not _is_number(value := getattr(self, name)) or not 0 <= value < float("inf"):
+                raise UsageError(f"{name} is {value!r}; it must be a finite number of at least 0.")
+        if self.masking_ratio >= 1:
             raise UsageError(f"masking_ratio is {self.masking_ratio!r}; it must lie in [0, 1).")
         if not 0 < self.cluster_rate <= 1:
             raise UsageError(f"cluster_rate is {self.cluster_rate!r}; it must lie in (0, 1].")
-        for name in ("yielding_strength", "l1_weight", "router_init_std"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise UsageError(f"{name} is {getattr(self, name)!r}; it must be a finite number of at least 0.")
-        if not isinstance(self.mask_seed, int) or self.mask_seed < 0:
-            raise UsageError(f"mask_seed is {self.mask_seed!r}; it must be a whole number of at least 0.")
+        for name in ("merging_at_inference", "rescale_merging"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UsageError(f"{name} is {value!r}; it must be true or false.")
 
     @property
     def experts(self) -> int:
@@ -145,3 +146,11 @@ class SlimConfig(PeftConfig):
     def yields(self) -> bool:
         """Whether tokens are compared with clusters at all."""
         return self.num_identity_experts > 0 and self.yielding_strength > 0
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or isinstance(value, float)

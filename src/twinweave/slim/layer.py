@@ -111,7 +111,8 @@ class SlimLayer(nn.Module, BaseTunerLayer):
             return None
         if self.training:
             return self._draw(config, like)
-        if name not in self._drawn or self._drawn[name][0].device != like.device:
+        drawn = self._drawn.get(name)
+        if drawn is None or (drawn[0].device, drawn[0].dtype) != (like.device, like.dtype):
             seed = zlib.crc32(f"{config.mask_seed}/{self.name}".encode())
             columns, rows = self._draw(config, torch.empty(0), torch.Generator().manual_seed(seed))
             self._drawn[name] = columns.to(like), rows.to(like)

@@ -42,22 +42,30 @@ class SlimModel(BaseTuner):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         passing = self.passing
-        if passing.depth == 0:
-            mask = kwargs.get("attention_mask")
-            passing.attention_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-            for clusters in passing.clusters:
-                if clusters.track_running_stats:  # or the backward pass of the last step is still to come
-                    clusters.update()
-        passing.depth += 1
+        if passing.outermost is not None:
+            if module is not passing.outermost and module is not self.model:
+                return
+            self._forget()  # a pass that was interrupted: torch calls no hook then
+        passing.outermost = module
+        passing.settled = False
+        mask = kwargs.get("attention_mask")
+        passing.attention_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         passing = self.passing
-        passing.depth -= 1
-        if passing.depth == 0:
-            passing.attention_mask = None
-            for clusters in passing.clusters:
-                if clusters.training and clusters.track_running_stats:
-                    clusters.share()
+        if passing.outermost is not module:
+            return
+        passing.outermost = passing.attention_mask = None
+        if output is None:  # it has failed
+            self._forget()
+            return
+        for clusters in passing.clusters:
+            if clusters.training and clusters.track_running_stats:
+                clusters.share()
+
+    def _forget(self) -> None:
+        for clusters in self.passing.clusters:
+            clusters.forget()
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config  # the model itself says which layers: see _prepare_model

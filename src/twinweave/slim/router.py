@@ -8,6 +8,8 @@ Knows nothing about what the experts do. SLIM (arXiv 2410.07739), with logits R(
 The identities' share is what is missing to one: it is never given to the LoRA experts.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -42,14 +44,48 @@ class Passing:
     clusters that take tokens in meanwhile, in an order that is the same in every process."""
 
     def __init__(self) -> None:
-        self.depth = 0
+        self.outermost: nn.Module | None = None
+        """The module whose forward the pass is; None between passes, also while a backward pass repeats parts."""
+        self.settled = False
+        """Whether the clusters have taken in what earlier passes gathered."""
         self.attention_mask: Tensor | None = None
         self.clusters: list[SlidingClusters] = []
+
+    def settle(self) -> None:
+        """Let the clusters take in what earlier passes gathered, once in a pass.
+
+        Only a pass that goes through them asks for it: others may come before the last step's backward pass.
+        """
+        if not self.settled:
+            for clusters in self.clusters:
+                clusters.update()
+        self.settled = True
 
     def attended(self, count: int) -> Tensor | None:
         """Which of `count` tokens are real, bool [count]; None where all are, or where nothing says."""
         mask = self.attention_mask
         return mask.reshape(-1).bool() if mask is not None and mask.numel() == count else None
+
+
+@dataclass
+class Answer:
+    """The shares of an input, as long as other layers may ask for them."""
+
+    x: Tensor
+    version: int | None
+    """How often x had been changed in place; None where torch does not count it."""
+    shares: Tensor
+    waiting: int
+    with_graph: bool
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether it is the answer for x: while the input is held, its place in memory is not another's."""
+        alike = self.version == _version(x) and self.with_graph == torch.is_grad_enabled()
+        return alike and self.x.data_ptr() == x.data_ptr() and self.x.shape == x.shape
+
+
+def _version(x: Tensor) -> int | None:
+    return None if x.is_inference() else x._version
 
 
 class Routing:
@@ -61,25 +97,22 @@ class Routing:
     def __init__(self, router: Router, clusters: SlidingClusters | None, passing: Passing) -> None:
         self.router, self.clusters, self.passing = router, clusters, passing
         self.members = 1
-        self._kept: tuple[Tensor, Tensor, int, bool] | None = None
+        self._kept: Answer | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Shares [N, E] of the LoRA experts for tokens [N, C]."""
-        if self._kept is not None and self._same(x):
-            _, shares, waiting, graph = self._kept
-            self._kept = (x, shares, waiting - 1, graph) if waiting > 1 else None
-            return shares
+        kept = self._kept
+        if kept is not None and kept.fits(x):
+            kept.waiting -= 1
+            self._kept = kept if kept.waiting else None
+            return kept.shares
         distance = None
         if self.clusters is not None:
-            distance = self.clusters(x, self.passing.attended(len(x)), gather=self.passing.depth > 0)
+            running = self.passing.outermost is not None
+            if running and self.clusters.track_running_stats:
+                self.passing.settle()
+            distance = self.clusters(x, self.passing.attended(len(x)), gather=running)
         shares = self.router(x, distance)
-        self._kept = (x, shares, self.members - 1, torch.is_grad_enabled()) if self.members > 1 else None
+        waiting = self.members - 1
+        self._kept = Answer(x, _version(x), shares, waiting, torch.is_grad_enabled()) if waiting else None
         return shares
-
-    def _same(self, x: Tensor) -> bool:
-        """Whether x is the input that was asked for last: while that is held, its place in memory is not another's."""
-        held, _, _, graph = self._kept  # type: ignore[misc]
-        if held.is_inference() != x.is_inference() or graph != torch.is_grad_enabled():
-            return False
-        unchanged = x.is_inference() or held._version == x._version
-        return unchanged and held.data_ptr() == x.data_ptr() and held.shape == x.shape
