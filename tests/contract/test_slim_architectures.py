@@ -100,6 +100,15 @@ def test_what_is_neither_linear_nor_a_mixture_is_refused():
         get_slim_model(architectures.tiny_model("gpt2"), SlimConfig(target_modules=["attn"]))
 
 
+def test_what_slim_breaks_in_plain_peft_is_not_excused(monkeypatch):
+    def base_runs(subject):
+        raise checks.NotApplicable("upstream: plain PEFT: the loss is not finite")
+
+    monkeypatch.setitem(checks.CHECKS, "base runs", base_runs)
+    assert checks.run_check("base runs", architectures.subject("qwen3")).status == "n/a"
+    assert checks.run_check("base runs", architectures.slim_subject("qwen3")).status == "fail"
+
+
 @pytest.mark.parametrize("layers", [[1], 1])
 def test_some_blocks_alone(layers):
     model = get_slim_model(architectures.tiny_model("gpt2"), SlimConfig(layers_to_transform=layers))

@@ -83,10 +83,7 @@ class SlimModel(BaseTuner):
                 )
         peft_config.base_fingerprint = own.to_dict()
         if peft_config.target_modules is None:
-            names = set(feed_forward_layers(model))
-            if peft_config.layers_to_transform is not None:  # which PEFT overlooks where a whole name is given
-                names = {name.partition(".")[2] for name in names}
-            peft_config.target_modules = names  # type: ignore[assignment]
+            peft_config.target_modules = set(feed_forward_layers(model))  # type: ignore[assignment]
 
     def _create_and_replace(  # type: ignore[override]
         self,
