@@ -200,7 +200,7 @@ def test_a_conv1d():
 def test_inputs_of_unusual_shapes(shape, training):
     """No token (an expert that nothing was sent to), and one without a batch."""
     layer = make_layer().train(training)
-    layer.routings[NAME].passing.outermost = layer
+    layer.routings[NAME].passing.depth = 1
     x = torch.randn(shape, dtype=torch.float64)
     output = layer(x)
     assert output.shape == (*shape[:-1], 5)

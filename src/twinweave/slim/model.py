@@ -3,6 +3,7 @@
 Knows nothing about training loops. What the layers compute is in `layer.py`, `router.py` and `clustering.py`.
 """
 
+import re
 from typing import Any, ClassVar, cast
 
 import torch
@@ -42,20 +43,21 @@ class SlimModel(BaseTuner):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         passing = self.passing
-        if passing.outermost is not None:
-            if module is not passing.outermost and module is not self.model:
-                return
-            self._forget()  # a pass that was interrupted: torch calls no hook then
-        passing.outermost = module
-        passing.settled = False
-        mask = kwargs.get("attention_mask")
-        passing.attention_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        if module is self.model and passing.depth:  # the last pass was interrupted: torch calls no hook then
+            passing.depth = 0
+            self._forget()
+        if passing.depth == 0:
+            mask = kwargs.get("attention_mask")
+            passing.attention_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+            passing.settled = False
+        passing.depth += 1
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         passing = self.passing
-        if passing.outermost is not module:
+        passing.depth -= 1
+        if passing.depth:
             return
-        passing.outermost = passing.attention_mask = None
+        passing.attention_mask = None
         if output is None:  # it has failed
             self._forget()
             return
@@ -83,7 +85,8 @@ class SlimModel(BaseTuner):
                 )
         peft_config.base_fingerprint = own.to_dict()
         if peft_config.target_modules is None:
-            peft_config.target_modules = set(feed_forward_layers(model))  # type: ignore[assignment]
+            names = _in_blocks(feed_forward_layers(model), peft_config.layers_to_transform)
+            peft_config.target_modules = set(names)  # type: ignore[assignment]
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -114,6 +117,8 @@ class SlimModel(BaseTuner):
             return (output[0] + self._share_of_l1(**kwargs), *output[1:])
         if isinstance(getattr(output, "loss", None), Tensor):
             output.loss = output.loss + self._share_of_l1(**kwargs)
+        if _is_for_sft(output):
+            output.log_probs = output.log_probs - self.l1_loss() * output.label_mask
         return output
 
     def l1_loss(self) -> Tensor:
@@ -149,9 +154,33 @@ class SlimModel(BaseTuner):
         return model
 
 
+def _is_for_sft(output: Any) -> bool:
+    """Whether TRL's SFTTrainer will take its loss from the labels' log-probabilities. Its other trainers read them as a
+    policy's, which they have to stay; what is asked for beside them tells who asks."""
+    asked = [getattr(output, name, None) is not None for name in ("log_probs", "label_mask", "is_top1", "mean_logits")]
+    return asked == [True, True, True, False]
+
+
 def _decoder_of(model: Any) -> nn.Module:
     decoder = decoder_of(model) if isinstance(model, PreTrainedModel) else None
     return cast(nn.Module, model) if decoder is None else decoder
+
+
+def _in_blocks(names: list[str], blocks: list[int] | int | None) -> list[str]:
+    """Those layers that are in one of the blocks: PEFT asks this of names that it completes, and these are whole.
+
+    Raises UnsupportedModelError where there are none.
+    """
+    if blocks is None:
+        return names
+    wanted = {blocks} if isinstance(blocks, int) else set(blocks)
+    numbers = {name: int(re.findall(r"\.(\d+)\.", name)[0]) for name in names}
+    if not (found := [name for name in names if numbers[name] in wanted]):
+        raise UnsupportedModelError(
+            f"layers_to_transform is {blocks}, and the feed-forwards are in blocks {min(numbers.values())} to "
+            f"{max(numbers.values())}. Name some of these."
+        )
+    return found
 
 
 def _routing_of_siblings(parent: nn.Module, target: nn.Module, adapter_name: str) -> Routing | None:

@@ -44,8 +44,8 @@ class Passing:
     clusters that take tokens in meanwhile, in an order that is the same in every process."""
 
     def __init__(self) -> None:
-        self.outermost: nn.Module | None = None
-        """The module whose forward the pass is; None between passes, also while a backward pass repeats parts."""
+        self.depth = 0
+        """0 between passes, also while a backward pass repeats parts of one."""
         self.settled = False
         """Whether the clusters have taken in what earlier passes gathered."""
         self.attention_mask: Tensor | None = None
@@ -108,7 +108,7 @@ class Routing:
             return kept.shares
         distance = None
         if self.clusters is not None:
-            running = self.passing.outermost is not None
+            running = self.passing.depth > 0
             if running and self.clusters.track_running_stats:
                 self.passing.settle()
             distance = self.clusters(x, self.passing.attended(len(x)), gather=running)

@@ -288,7 +288,7 @@ class Recipe(_Section):
         known = {field.name for field in dataclass_fields(SlimConfig)}
         for key in self.slim:
             if key not in known:
-                raise RecipeError(unknown_name("setting of SLIM: slim.", key, known))
+                raise RecipeError(unknown_name("setting of SLIM", f"slim.{key}", [f"slim.{name}" for name in known]))
         SlimConfig(**deepcopy(self.slim))
         return Settings(IMSMConfig.from_dict(self.imsm), deepcopy(self.slim))
 
