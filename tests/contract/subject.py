@@ -26,8 +26,8 @@ class Subject:
     go into its config (`tie_word_embeddings`). `make_peft(base)` gives an adapter that fits it. Token ids from `first`
     to `vocab` - 1 are ordinary ones, and 0 is free for padding. `prepare` is called with every freshly wrapped model
     (PeftModel or IMSMModel), before its weights are moved; for adapters that want a start of their own.
-    `trainable_again`: PEFT can go on with the training of a saved adapter. `own`: the adapter is twinweave's own, so that
-    no promise which it breaks in plain PEFT is excused.
+    `trainable_again`: PEFT can go on with the training of a saved adapter. `own`: the adapter is twinweave's, so that
+    what it breaks in plain PEFT is not excused.
     """
 
     name: str
