@@ -26,8 +26,8 @@ class Subject:
     go into its config (`tie_word_embeddings`). `make_peft(base)` gives an adapter that fits it. Token ids from `first`
     to `vocab` - 1 are ordinary ones, and 0 is free for padding. `prepare` is called with every freshly wrapped model
     (PeftModel or IMSMModel), before its weights are moved; for adapters that want a start of their own.
-    `trainable_again`: PEFT can go on with the training of a saved adapter. `own`: the adapter is twinweave's, so that
-    what it breaks in plain PEFT is not excused.
+    `trainable_again`: PEFT can go on with the training of a saved adapter. `control`: for an
+    adapter of twinweave's own, the same with LoRA: only what LoRA breaks as well is excused.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Subject:
     imsm: dict[str, Any] = field(default_factory=lambda: {"gate_rank": 3})
     prepare: Callable[[PeftModelForCausalLM], None] = lambda model: None
     trainable_again: bool = True
-    own: bool = False
+    control: Callable[[], "Subject"] | None = None
     _pristine: PreTrainedModel | None = None
     _moved: IMSMModel | None = None
 
