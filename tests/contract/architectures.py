@@ -236,4 +236,4 @@ def slim(base: PreTrainedModel) -> PeftConfig:
 
 def slim_subject(name: str) -> Subject:
     """Architecture `name` with SLIM."""
-    return replace(subject(name), make_peft=slim, prepare=start_clusters)
+    return replace(subject(name), make_peft=slim, prepare=start_clusters, control=lambda: subject(name))

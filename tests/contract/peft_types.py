@@ -156,7 +156,8 @@ def subject(name: str) -> PeftSubject:
     prepare = _eva if variant == "EVA" else start_clusters if kind == SLIM else lambda model: None
     again = not issubclass(PEFT_TYPE_TO_CONFIG_MAPPING[kind], PromptLearningConfig)
     make = partial(_make_config, kind, variant)
-    return PeftSubject(name, make_base, make, VOCAB, prepare=prepare, trainable_again=again)
+    control = partial(subject, "LORA") if kind == SLIM else None
+    return PeftSubject(name, make_base, make, VOCAB, prepare=prepare, trainable_again=again, control=control)
 
 
 def make_base(**changes: Any) -> PreTrainedModel:

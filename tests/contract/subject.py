@@ -26,7 +26,8 @@ class Subject:
     go into its config (`tie_word_embeddings`). `make_peft(base)` gives an adapter that fits it. Token ids from `first`
     to `vocab` - 1 are ordinary ones, and 0 is free for padding. `prepare` is called with every freshly wrapped model
     (PeftModel or IMSMModel), before its weights are moved; for adapters that want a start of their own.
-    `trainable_again`: PEFT can go on with the training of a saved adapter.
+    `trainable_again`: PEFT can go on with the training of a saved adapter. `control`: for an
+    adapter of twinweave's own, the same with LoRA: only what LoRA breaks as well is excused.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Subject:
     imsm: dict[str, Any] = field(default_factory=lambda: {"gate_rank": 3})
     prepare: Callable[[PeftModelForCausalLM], None] = lambda model: None
     trainable_again: bool = True
+    control: Callable[[], "Subject"] | None = None
     _pristine: PreTrainedModel | None = None
     _moved: IMSMModel | None = None
 

@@ -62,9 +62,9 @@ def page(found: dict[str, Any], totals: dict[str, int]) -> str:
         "by the same measurement without twinweave. **refused**: wrapping raises an error with this reason. **not "
         "checked**: the base alone, or plain PEFT over it, does not run or learn.",
     ]
-    for grid, rows in found.items():
-        if grid != "versions":
-            lines += _section(grid, rows, totals[grid])
+    for grid, total in totals.items():
+        if grid in found:
+            lines += _section(grid, found[grid], total)
     return "\n".join([*lines, *_legend(), ""])
 
 
