@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.pytorch_utils import Conv1D
 
 from twinweave import SlimConfig
-from twinweave.imsm.anatomy import decoder_of
+from twinweave.decoder import decoder_of
 
 from .subject import PAD, Subject, start_clusters
 

@@ -8,8 +8,9 @@ from torch import nn
 from contract import architectures, checks, table
 from contract.subject import Subject
 from twinweave import get_imsm_model
+from twinweave.decoder import decoder_of
 from twinweave.errors import UnsupportedModelError
-from twinweave.imsm.anatomy import decoder_of, examine
+from twinweave.imsm.anatomy import examine
 
 KINDS = {
     "dense": "qwen3",

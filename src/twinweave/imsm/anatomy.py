@@ -29,15 +29,6 @@ class Anatomy:
     shifted: bool  # the logits at t are compared with the label at t + 1, and not with that at t (BART and its kin)
 
 
-def decoder_of(base: PreTrainedModel) -> nn.Module | None:
-    """The module below the head: it holds the input embeddings, and not the head. None if there is no such module."""
-    head, embeddings = base.get_output_embeddings(), base.get_input_embeddings()
-    named = (getattr(base, name, None) for name in (base.base_model_prefix, "model"))
-    found = [m for m in (base.get_decoder(), *named) if isinstance(m, nn.Module) and m is not base and m is not head]
-    whole = (m for m in found if (inside := set(m.modules())) and embeddings in inside and head not in inside)
-    return next(whole, found[0] if found else None)
-
-
 @torch.no_grad()
 def examine(base: PreTrainedModel, decoder: nn.Module) -> Anatomy:
     """Run the base on four tokens. Raises UnsupportedModelError if its logits do not come from the decoder's states.

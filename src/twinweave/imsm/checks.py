@@ -11,9 +11,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from ..decoder import decoder_of
 from ..errors import UnsupportedModelError, UsageError
 from .adapters import adapter_layers
-from .anatomy import decoder_of
 from .starts import START, moved_start
 
 # Models that change something of themselves while they run.

@@ -13,11 +13,11 @@ from peft import PeftConfig, PeftModel, TaskType, get_peft_model_state_dict, set
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..decoder import decoder_of
 from ..errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
 from ..fingerprint import fingerprint
 from . import saving
 from .adapters import adapter_layers
-from .anatomy import decoder_of
 from .checks import adapted_behind, base_alone, check_adapter, check_base, refuse_outside
 from .starts import moved_start
 

@@ -16,11 +16,12 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
+from ..decoder import decoder_of
 from ..errors import UsageError, unknown_name
 from ..fingerprint import fingerprint
 from . import card, saving
 from .adapters import adapters_off, dropout_off, statistics_off
-from .anatomy import decoder_of, examine
+from .anatomy import examine
 from .cache import TwinCache, is_empty, length_of
 from .checks import adapted_behind, base_alone, check_added, check_goes_on, refuse_outside, take_adapter_out
 from .config import IMSMConfig

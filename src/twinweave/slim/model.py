@@ -13,9 +13,9 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..decoder import decoder_of
 from ..errors import BaseMismatchError, UnsupportedModelError, UsageError
 from ..fingerprint import BaseFingerprint, fingerprint
-from ..imsm.anatomy import decoder_of
 from .clustering import SlidingClusters
 from .config import SLIM, SlimConfig
 from .layer import SlimLayer

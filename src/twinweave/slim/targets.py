@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ..decoder import decoder_of
 from ..errors import UnsupportedModelError
-from ..imsm.anatomy import decoder_of
 
 _OF_OTHER_TOKENS = re.compile(r"mask|position|past|cache")  # arguments of what mixes tokens
 # Parts of a block that lead to an inner size and back as well, by the names they go by in transformers.
