@@ -23,13 +23,18 @@ FSDP2 = [
 ]  # fmt: skip
 
 
-def values(world: Path, name: str, processes: int) -> dict:
+LORA = {"type": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+# masks are drawn by each process for itself
+SLIM = {"type": "slim", "r": 2, "num_experts": 3, "num_clusters": 3, "masking_ratio": 0.0, "cluster_rate": 0.2}
+
+
+def values(world: Path, name: str, processes: int, peft: dict) -> dict:
     """A recipe of 8 steps (two epochs) that rehearses and fits a guard; each step reads 4 rows of the task in all."""
     return tiny_runs.recipe_values(
         world,
         output=str(world / name),
         train={"data": str(world / "train.jsonl"), "max_length": 24, "validation_fraction": 0.33},
-        peft={"type": "lora", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+        peft=peft,
         imsm={"gate_rank": 2},
         rehearsal={"sequences": 24, "length": 16, "batch_size": 4 // processes, "positions": 6},
         guard={"affected": 0.2},
@@ -61,10 +66,12 @@ def files(folder: Path) -> set[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [DDP, FSDP2], ids=["ddp", "fsdp2"])
-def test_two_processes_train_what_one_does(world, options):
-    train(load_recipe(values(world, "one", 1)))
-    recipe = tiny_runs.write_recipe(world / "two.yaml", values(world, "two", 2))
+@pytest.mark.parametrize(
+    ("options", "peft"), [(DDP, LORA), (FSDP2, LORA), (DDP, SLIM)], ids=["ddp", "fsdp2", "ddp, slim"]
+)
+def test_two_processes_train_what_one_does(world, options, peft):
+    train(load_recipe(values(world, "one", 1, peft)))
+    recipe = tiny_runs.write_recipe(world / "two.yaml", values(world, "two", 2, peft))
     done = launch(world, recipe, options)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("DTensor") == (2 if options == FSDP2 else 0)
