@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ..errors import UnsupportedModelError
 from .clustering import SlidingClusters
@@ -137,7 +138,7 @@ class SlimLayer(nn.Module, BaseTunerLayer):
 
     def l1_norm(self, name: str) -> Tensor:
         """Σ over experts of ‖B‖₁ / (r·C_out) + ‖A‖₁ / (r·C_in)."""
-        return sum((w.abs().sum() / w[0].numel() for w in (self.slim_A[name], self.slim_B[name])), torch.zeros(()))
+        return torch.stack([_whole(w.abs().sum()) / w[0].numel() for w in (self.slim_A[name], self.slim_B[name])]).sum()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Raises UnsupportedModelError: what is added differs from token to token."""
@@ -148,3 +149,8 @@ class SlimLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         """Nothing is ever merged."""
+
+
+def _whole(value: Tensor) -> Tensor:
+    """The sum over all processes, of a parameter that FSDP has spread over them."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
