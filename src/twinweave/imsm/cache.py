@@ -162,6 +162,20 @@ def stack(cache: Cache, trunk: int, rows: int) -> StackedCache:
     return twin
 
 
+def fork(layer: Any) -> Any:
+    """A copy of a cache layer with which another memory goes on by itself.
+
+    Keys and values are shared: attention replaces them. What a layer keeps by number or name is not: linear attention
+    and convolutions write their states in place.
+    """
+    own = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            states = {key: state.clone() if isinstance(state, Tensor) else state for key, state in value.items()}
+            setattr(own, name, states)
+    return own
+
+
 def is_empty(cache: Any) -> bool:
     """Whether nothing has been written into the cache yet."""
     return length_of(cache) == 0

@@ -9,7 +9,6 @@ results (`docs/performance.md` has the measurements):
 - stacked (`stacked.py`): one pass over [frozen; tuned] rows, which reads the base's weights once. For generation.
 """
 
-import copy
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -27,6 +26,7 @@ from .cache import (
     StackedCache,
     TwinCache,
     cache_name,
+    fork,
     is_allocated,
     is_empty,
     layers_of,
@@ -275,5 +275,5 @@ def _pair_outputs(output: Any, frozen: Any, shared: int, name: str) -> TwinCache
     cache, original = getattr(output, name, None), getattr(frozen, name, None)
     if not isinstance(cache, Cache) or not isinstance(original, Cache):
         return None
-    layers_of(original)[:shared] = [copy.copy(layer) for layer in layers_of(cache)[:shared]]
+    layers_of(original)[:shared] = [fork(layer) for layer in layers_of(cache)[:shared]]
     return pair(cache, original)
