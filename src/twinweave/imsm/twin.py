@@ -35,6 +35,7 @@ from .cache import (
     pair_with_empty_copy,
     stack,
 )
+from .own_cache import refuse_own_cache
 from .stacked import StackedPass, tuned_half
 from .trial import same_memories
 
@@ -91,8 +92,9 @@ class Twin:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a woven run, after `idle`: choose its form, and give a fresh cache room for both memories.
 
-        Raises UsageError for a cache that only one memory has written to.
+        Raises UsageError for a cache that only one memory has written to, or that has room for one only.
         """
+        refuse_own_cache(self.decoder, kwargs)
         cache = kwargs.get(self.cache_name)
         inputs = _inputs(args, kwargs)
         if isinstance(cache, Cache) and not isinstance(cache, TwinCache) and not is_empty(cache):
