@@ -203,7 +203,8 @@ def cache_name(decoder: nn.Module) -> str:
 
 def is_allocated(cache: Cache) -> bool:
     """Whether the cache has memory for a number of rows already."""
-    return any(getattr(layer, "is_initialized", False) for layer in layers_of(cache))
+    # by its tensors: a layer that stands for a block without attention calls itself initialized
+    return any(getattr(layer, "keys", None) is not None for layer in layers_of(cache))
 
 
 def layers_of(cache: Any) -> list[Any]:
