@@ -14,8 +14,8 @@ from transformers import (
     DynamicCache,
     Mamba2Config,
     MixtralConfig,
+    RwkvConfig,
     StaticCache,
-    XLNetConfig,
 )
 
 from twinweave.errors import UsageError
@@ -199,19 +199,27 @@ def test_recurrent_states_below_the_adapter_go_on_for_each_memory(kind, plan, ma
 
 
 def test_a_cache_of_the_models_own_kind_holds_one_memory_only(make_imsm, tokens):
-    config = XLNetConfig(vocab_size=61, d_model=32, n_layer=2, n_head=4, d_inner=48, initializer_range=0.3, mem_len=8)
+    config = RwkvConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, rescale_every=0, eos_token_id=0)
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config)
-    model, ids = make_imsm("llama", base=base, peft_changes={"target_modules": ["layer_1", "layer_2"]}), tokens(2, 6)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model, ids = make_imsm("llama", base=base, peft_changes={"target_modules": ["key", "value"]}), tokens(2, 6)
     options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     with torch.no_grad():
         with model.use_memory("original"):
-            mems = model(input_ids=ids, use_mems=True).mems
-        assert isinstance(mems, tuple)
-        assert model(input_ids=ids, use_mems=True).mems is None
-        with pytest.raises(UsageError, match="mems"):
-            model(input_ids=ids[:, -1:], mems=mems)
-        assert torch.equal(model.generate(ids, **options), model.generate(ids, use_mems=False, **options))
+            state = model(input_ids=ids, use_cache=True).state
+            assert torch.equal(model.generate(ids, **options), base.generate(ids, **options))
+        assert isinstance(state, list)
+        assert model(input_ids=ids, use_cache=True).state is None
+        with pytest.raises(UsageError, match="state"):
+            model(input_ids=ids[:, -1:], state=state)
+        model.retention = float("-inf")  # the enhanced memory alone: a loop of calls has other queries
+        expected = ids
+        for _ in range(4):
+            expected = torch.cat((expected, model(input_ids=expected).logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(model.generate(ids, **options), expected)
 
 
 def form_of(model, rows, **options):

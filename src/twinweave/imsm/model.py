@@ -360,6 +360,8 @@ class IMSMModel(PeftModelForCausalLM):
                 )
         if self._is_prompt_learning:
             call.task_ids = kwargs.pop("task_ids", None)
+        if self._memory == "interwoven" and self._twin.without_cache:
+            kwargs["use_cache"] = False  # or transformers hands on the last token alone
         with self._calling(call):
             own: Any = self.base_model if self._is_prompt_learning else super()
             return own.generate(*args, **kwargs)

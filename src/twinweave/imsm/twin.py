@@ -9,6 +9,7 @@ results (`docs/performance.md` has the measurements):
 - stacked (`stacked.py`): one pass over [frozen; tuned] rows, which reads the base's weights once. For generation.
 """
 
+import functools
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -35,7 +36,7 @@ from .cache import (
     pair_with_empty_copy,
     stack,
 )
-from .own_cache import refuse_own_cache
+from .own_cache import keeps_own_cache, refuse_own_cache
 from .stacked import StackedPass, tuned_half
 from .trial import same_memories
 
@@ -75,6 +76,11 @@ class Twin:
             self._stacked.remove()
         if self._trunk:
             self._hook.remove()
+
+    @functools.cached_property
+    def without_cache(self) -> bool:
+        """Whether a woven run can have no cache, as the decoder's is of its own kind."""
+        return keeps_own_cache(self.decoder)
 
     # --- around the decoder's own run -----------------------------------------------------------------------------
 
