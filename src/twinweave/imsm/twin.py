@@ -189,7 +189,9 @@ class Twin:
         """Whether the frozen pass may leave the shared trunk out on this model; tried once, on a few tokens."""
         if self._replayable is None:
             self._replayable = False
-            self._replayable = same_memories(self.decoder, self.layers, self._replayed_states, tokens=0)
+            own: list[TwinCache | None] = []
+            run = functools.partial(self._replayed_states, own)
+            self._replayable = same_memories(self.decoder, self.layers, run)
             self.idle()
         return self._replayable
 
@@ -206,11 +208,19 @@ class Twin:
         self.idle()
         return original, enhanced
 
-    def _replayed_states(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        inputs = inputs | {self.cache_name: None}
-        self._capturing = True
-        enhanced = self.decoder.forward(**inputs)[0]
-        return self.frozen_pass((), inputs)[0], enhanced
+    def _replayed_states(self, caches: list[TwinCache | None], inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """A prompt, or a token behind it. The cache that the prompt's passes made for themselves is put in `caches`."""
+        if not caches:
+            inputs = inputs | {self.cache_name: None}
+            self._capturing = True
+            output = self.decoder.forward(**inputs)
+            frozen = self.frozen_pass((), inputs)
+            caches.append(_pair_outputs(output, frozen, self._trunk, self.cache_name))
+            return frozen[0], output[0]
+        if not isinstance(caches[0], PairedCache):
+            return None
+        enhanced = self.decoder.forward(**inputs | {self.cache_name: caches[0]})[0]
+        return self.frozen_pass((), inputs | {self.cache_name: caches[0].original})[0], enhanced
 
     # --- the passes -----------------------------------------------------------------------------------------------
 
