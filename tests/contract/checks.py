@@ -203,17 +203,30 @@ def guarded(subject: Subject, model: IMSMModel) -> IMSMModel:
 
 def base_runs(subject: Subject) -> None:
     """The plain base, and plain PEFT over it, run and learn at all; otherwise nothing is said about the twin."""
-    ids = subject.tokens(2, 8)
-    for who, make in (("the base alone", subject.base), ("plain PEFT", subject.plain)):
+    makers = {"the base alone": subject.base, "plain PEFT": subject.plain}
+    for who, make in makers.items():
         try:
-            model = make()
-            out = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels_behind(ids, 3))
-            assert torch.isfinite(out.logits).all(), "logits are not finite"
-            assert torch.isfinite(out.loss), "the loss is not finite"
-            if isinstance(model, PeftModel):
-                assert gradients(model, input_ids=ids, labels=labels_behind(ids, 3))[1], "no gradient reaches it"
+            _runs(subject, make())
         except Exception as error:
+            if who == "plain PEFT" and subject.control is not None:
+                control = subject.control()
+                try:
+                    _runs(control, control.plain())
+                except Exception as cause:
+                    raise NotApplicable(f"upstream: plain LoRA: {said(cause)}") from error
             raise NotApplicable(f"upstream: {who}: {said(error)}") from error
+
+
+def _runs(subject: Subject, model: Any) -> None:
+    ids = subject.tokens(2, 8)
+    out = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels_behind(ids, 3))
+    assert torch.isfinite(out.logits).all(), "logits are not finite"
+    assert torch.isfinite(out.loss), "the loss is not finite"
+    if isinstance(model, PeftModel):
+        for config in model.peft_config.values():
+            if hasattr(config, "l1_weight"):
+                config.l1_weight = 0.0  # SLIM's own term has a gradient even where none comes through the base
+        assert gradients(model, input_ids=ids, labels=labels_behind(ids, 3))[1], "no gradient reaches it"
 
 
 def step_zero(subject: Subject) -> str:

@@ -109,6 +109,13 @@ def test_what_slim_breaks_in_plain_peft_is_not_excused(monkeypatch):
     assert checks.run_check("base runs", architectures.slim_subject("qwen3")).status == "fail"
 
 
+def test_a_base_that_gives_no_gradient_is_not_checked_with_slim_either():
+    """Reformer; the gradient of SLIM's own term does not come through the base."""
+    found = checks.run_check("base runs", architectures.slim_subject("reformer"))
+    assert found.status == "n/a"
+    assert found.note.startswith("upstream: plain LoRA: ")
+
+
 @pytest.mark.parametrize("layers", [[1], 1])
 def test_some_blocks_alone(layers):
     model = get_slim_model(architectures.tiny_model("gpt2"), SlimConfig(layers_to_transform=layers))

@@ -8,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import AutoModelForCausalLM, DynamicCache, MixtralConfig, StaticCache
+from transformers import (
+    AutoModelForCausalLM,
+    BambaConfig,
+    DynamicCache,
+    Mamba2Config,
+    MixtralConfig,
+    RwkvConfig,
+    StaticCache,
+)
 
 from twinweave.errors import UsageError
 from twinweave.imsm.cache import PairedCache, StackedCache, stack
@@ -153,6 +161,65 @@ def test_a_cache_made_by_a_pass_without_the_trunk_can_be_continued(arch, make_im
         assert isinstance(cache, PairedCache)
         rest = [model(input_ids=ids[:, t : t + 1], past_key_values=cache).logits for t in range(4, 7)]
     torch.testing.assert_close(torch.cat(rest, 1), whole[:, 4:], **CLOSE)
+
+
+def recurrent(kind):
+    """Mamba-2 blocks, in `hybrid` an attention above one; what they have read they overwrite in place."""
+    sizes = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "initializer_range": 0.3}
+    heads = {"n_groups": 1, "state_size": 8, "num_heads": 8, "head_dim": 8, "chunk_size": 8}
+    if kind == "mamba2":
+        config = Mamba2Config(**sizes, **heads)
+    else:
+        mamba = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8, "mamba_n_groups": 1}
+        attention = {"attn_layer_indices": [1], "num_attention_heads": 4, "num_key_value_heads": 2}
+        config = BambaConfig(**sizes, **mamba, **attention, intermediate_size=48)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config)
+
+
+@pytest.mark.parametrize("kind", ["mamba2", "hybrid"])
+@pytest.mark.parametrize("plan", ["auto", "stacked", "two_pass"])
+def test_recurrent_states_below_the_adapter_go_on_for_each_memory(kind, plan, make_imsm, tokens):
+    targets = ["in_proj"] if kind == "mamba2" else ["q_proj", "down_proj"]
+    model = make_imsm("llama", base=recurrent(kind), peft_changes=TRUNK | {"target_modules": targets})
+    assert model._twin._trunk == 1
+    name, ids, model.plan = model._twin.cache_name, tokens(2, 8), plan
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        for given in ({}, {"use_cache": True}):
+            cache = getattr(model(input_ids=ids[:, :5], **given), name)
+            stacked = plan == "stacked" or (plan == "auto" and bool(given))
+            assert isinstance(cache, StackedCache if stacked else PairedCache)
+            rest = []
+            for t in range(5, 8):
+                # Bamba counts positions from 0 in every call, whatever its cache holds
+                at = {"position_ids": torch.tensor([[t]])} if kind == "hybrid" else {}
+                rest.append(model(input_ids=ids[:, t : t + 1], **{name: cache}, **at).logits)
+            torch.testing.assert_close(torch.cat(rest, 1), whole[:, 5:], **CLOSE)
+
+
+def test_a_cache_of_the_models_own_kind_holds_one_memory_only(make_imsm, tokens):
+    config = RwkvConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, rescale_every=0, eos_token_id=0)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    model, ids = make_imsm("llama", base=base, peft_changes={"target_modules": ["key", "value"]}), tokens(2, 6)
+    options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    with torch.no_grad():
+        with model.use_memory("original"):
+            state = model(input_ids=ids, use_cache=True).state
+            assert torch.equal(model.generate(ids, **options), base.generate(ids, **options))
+        assert isinstance(state, list)
+        assert model(input_ids=ids, use_cache=True).state is None
+        with pytest.raises(UsageError, match="state"):
+            model(input_ids=ids[:, -1:], state=state)
+        model.retention = float("-inf")  # the enhanced memory alone: a loop of calls has other queries
+        expected = ids
+        for _ in range(4):
+            expected = torch.cat((expected, model(input_ids=expected).logits[:, -1:].argmax(-1)), 1)
+    assert torch.equal(model.generate(ids, **options), expected)
 
 
 def form_of(model, rows, **options):

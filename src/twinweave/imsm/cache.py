@@ -162,6 +162,20 @@ def stack(cache: Cache, trunk: int, rows: int) -> StackedCache:
     return twin
 
 
+def fork(layer: Any) -> Any:
+    """A copy of a cache layer with which another memory goes on by itself.
+
+    Keys and values are shared: attention replaces them. What a layer keeps by number or name is not: linear attention
+    and convolutions write their states in place.
+    """
+    own = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, dict):
+            states = {key: state.clone() if isinstance(state, Tensor) else state for key, state in value.items()}
+            setattr(own, name, states)
+    return own
+
+
 def is_empty(cache: Any) -> bool:
     """Whether nothing has been written into the cache yet."""
     return length_of(cache) == 0
@@ -189,7 +203,8 @@ def cache_name(decoder: nn.Module) -> str:
 
 def is_allocated(cache: Cache) -> bool:
     """Whether the cache has memory for a number of rows already."""
-    return any(getattr(layer, "is_initialized", False) for layer in layers_of(cache))
+    # by its tensors: a layer that stands for a block without attention calls itself initialized
+    return any(getattr(layer, "keys", None) is not None for layer in layers_of(cache))
 
 
 def layers_of(cache: Any) -> list[Any]:

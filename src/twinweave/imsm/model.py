@@ -39,6 +39,7 @@ from .labels import (
     weave_at_labels,
 )
 from .output import with_entries
+from .own_cache import without_own_cache
 from .quantized import keep_differentiable
 from .starts import START, activate, load_joined, save_joined
 from .switches import follow_labels, make_switchable
@@ -138,7 +139,7 @@ class IMSMModel(PeftModelForCausalLM):
         original, enhanced, cache = self._twin.memories(args, kwargs, output)
         guard = self._guard_of(self._call)
         fused = weave(self.gate, original, enhanced, cache, self._call, self.retention, kwargs, guard)
-        return with_last_hidden_state(output, fused)
+        return with_last_hidden_state(without_own_cache(output), fused)
 
     def _prepare_labels(self, call: Call, places: LabelPlaces, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The frozen pass of a call that wants label positions only: first, while no activations are kept, unless it
@@ -359,6 +360,8 @@ class IMSMModel(PeftModelForCausalLM):
                 )
         if self._is_prompt_learning:
             call.task_ids = kwargs.pop("task_ids", None)
+        if self._memory == "interwoven" and self._twin.without_cache:
+            kwargs["use_cache"] = False  # or transformers hands on the last token alone
         with self._calling(call):
             own: Any = self.base_model if self._is_prompt_learning else super()
             return own.generate(*args, **kwargs)

@@ -20,12 +20,13 @@ logger = logging.getLogger(__name__)
 
 @torch.compiler.disable
 def same_memories(
-    decoder: Any, layers: list[nn.Module], run: Callable[[dict[str, Any]], tuple[Tensor, Tensor]], tokens: int = 1
+    decoder: Any, layers: list[nn.Module], run: Callable[[dict[str, Any]], tuple[Tensor, Tensor] | None]
 ) -> bool:
     """Whether `run` (the decoder's inputs -> both memories, [B, T, d] each) gives what two plain passes give.
 
-    Tried with a prompt, of which one row is padded, and `tokens` (0 or 1) behind it. The adapter may not have learned
-    anything yet, so every adapted layer's output is doubled for the trial: rows that take a wrong turn then show.
+    Tried with a prompt, of which one row is padded, and a token behind it, unless `run` gives None there: it has no
+    cache to go on from. The adapter may not have learned anything yet, so every adapted layer's output is doubled for
+    the trial: rows that take a wrong turn then show.
     """
     device = next(decoder.parameters()).device
     prompt = torch.tensor([[1, 2, 3], [3, 1, 2]], device=device)
@@ -34,12 +35,15 @@ def same_memories(
     try:
         with torch.no_grad(), dropout_off(decoder):
             name, caches = cache_name(decoder), [DynamicCache(config=decoder.config) for _ in range(3)]
-            for ids, attended in ((prompt, mask[:, :3]), (prompt[:, -1:], mask))[: 1 + tokens]:
+            for ids, attended in ((prompt, mask[:, :3]), (prompt[:, -1:], mask)):
                 inputs = {"input_ids": ids, "attention_mask": attended, "use_cache": True}
+                found = run(inputs | {name: caches[2]})
+                if found is None:
+                    return True
                 enhanced = decoder.forward(**inputs, **{name: caches[0]})[0]
                 with adapters_off(layers):
                     original = decoder.forward(**inputs, **{name: caches[1]})[0]
-                if not _agree(run(inputs | {name: caches[2]}), (original, enhanced), attended):
+                if not _agree(found, (original, enhanced), attended):
                     return False
         return True
     except Exception as error:  # whatever a model does that we did not foresee

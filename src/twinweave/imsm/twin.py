@@ -9,7 +9,7 @@ results (`docs/performance.md` has the measurements):
 - stacked (`stacked.py`): one pass over [frozen; tuned] rows, which reads the base's weights once. For generation.
 """
 
-import copy
+import functools
 import inspect
 import warnings
 from collections.abc import Iterator
@@ -27,6 +27,7 @@ from .cache import (
     StackedCache,
     TwinCache,
     cache_name,
+    fork,
     is_allocated,
     is_empty,
     layers_of,
@@ -35,6 +36,7 @@ from .cache import (
     pair_with_empty_copy,
     stack,
 )
+from .own_cache import keeps_own_cache, refuse_own_cache
 from .stacked import StackedPass, tuned_half
 from .trial import same_memories
 
@@ -75,6 +77,11 @@ class Twin:
         if self._trunk:
             self._hook.remove()
 
+    @functools.cached_property
+    def without_cache(self) -> bool:
+        """Whether a woven run can have no cache, as the decoder's is of its own kind."""
+        return keeps_own_cache(self.decoder)
+
     # --- around the decoder's own run -----------------------------------------------------------------------------
 
     def idle(self) -> None:
@@ -91,8 +98,9 @@ class Twin:
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Before a woven run, after `idle`: choose its form, and give a fresh cache room for both memories.
 
-        Raises UsageError for a cache that only one memory has written to.
+        Raises UsageError for a cache that only one memory has written to, or that has room for one only.
         """
+        refuse_own_cache(self.decoder, kwargs)
         cache = kwargs.get(self.cache_name)
         inputs = _inputs(args, kwargs)
         if isinstance(cache, Cache) and not isinstance(cache, TwinCache) and not is_empty(cache):
@@ -181,7 +189,9 @@ class Twin:
         """Whether the frozen pass may leave the shared trunk out on this model; tried once, on a few tokens."""
         if self._replayable is None:
             self._replayable = False
-            self._replayable = same_memories(self.decoder, self.layers, self._replayed_states, tokens=0)
+            own: list[TwinCache | None] = []
+            run = functools.partial(self._replayed_states, own)
+            self._replayable = same_memories(self.decoder, self.layers, run)
             self.idle()
         return self._replayable
 
@@ -198,11 +208,19 @@ class Twin:
         self.idle()
         return original, enhanced
 
-    def _replayed_states(self, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        inputs = inputs | {self.cache_name: None}
-        self._capturing = True
-        enhanced = self.decoder.forward(**inputs)[0]
-        return self.frozen_pass((), inputs)[0], enhanced
+    def _replayed_states(self, caches: list[TwinCache | None], inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """A prompt, or a token behind it. The cache that the prompt's passes made for themselves is put in `caches`."""
+        if not caches:
+            inputs = inputs | {self.cache_name: None}
+            self._capturing = True
+            output = self.decoder.forward(**inputs)
+            frozen = self.frozen_pass((), inputs)
+            caches.append(_pair_outputs(output, frozen, self._trunk, self.cache_name))
+            return frozen[0], output[0]
+        if not isinstance(caches[0], PairedCache):
+            return None
+        enhanced = self.decoder.forward(**inputs | {self.cache_name: caches[0]})[0]
+        return self.frozen_pass((), inputs | {self.cache_name: caches[0].original})[0], enhanced
 
     # --- the passes -----------------------------------------------------------------------------------------------
 
@@ -275,5 +293,5 @@ def _pair_outputs(output: Any, frozen: Any, shared: int, name: str) -> TwinCache
     cache, original = getattr(output, name, None), getattr(frozen, name, None)
     if not isinstance(cache, Cache) or not isinstance(original, Cache):
         return None
-    layers_of(original)[:shared] = [copy.copy(layer) for layer in layers_of(cache)[:shared]]
+    layers_of(original)[:shared] = [fork(layer) for layer in layers_of(cache)[:shared]]
     return pair(cache, original)
