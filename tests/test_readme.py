@@ -52,6 +52,13 @@ def my_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     get_peft_model(base, config).save_pretrained("my-lora")
 
 
+def test_slim_page() -> None:
+    names: dict[str, Any] = {}
+    for block in blocks("python", (ROOT / "docs" / "slim.md").read_text(encoding="utf-8")):
+        exec(compile(block, "docs/slim.md", "exec"), names)
+    assert names["model"].get_nb_trainable_parameters()[0] > 100_000
+
+
 @pytest.mark.usefixtures("my_lora")
 def test_trainers_page() -> None:
     page = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
