@@ -142,16 +142,46 @@ def test_a_large_first_batch_is_read_from_end_to_end(count):
     assert sorted(round(float(v), -1) for v in clusters.centres[:, 0]) == [0, 50]
 
 
-def test_too_few_tokens_wait_for_a_larger_batch():
+def test_too_few_tokens_wait_for_the_next_batch():
     clusters = make_clusters()
-    for tokens in (0, 1, 5):
+    for tokens in (0, 1, 3):
         take_in(clusters, torch.randn(tokens, 4))
         assert clusters.batches == 0
         assert clusters(torch.randn(2, 4)) is None
-    take_in(clusters, torch.randn(6, 4), torch.tensor([True] * 5 + [False]))
+    take_in(clusters, torch.randn(6, 4), torch.tensor([True] + [False] * 5))
     assert clusters.batches == 0
-    take_in(clusters, torch.randn(6, 4))
+    take_in(clusters, torch.randn(6, 4), torch.tensor([True] + [False] * 5))
     assert clusters.batches == 1
+
+
+def test_more_clusters_than_are_kept_of_the_first_tokens_usually_start_too():
+    clusters = SlidingClusters(4, SlimConfig(num_clusters=150))
+    take_in(clusters, torch.randn(400, 4))
+    assert clusters.batches == 1
+
+
+def test_numbers_that_have_run_over_do_not_spoil_the_clusters():
+    clusters = make_clusters()
+    bad = torch.randn(20, 4)
+    bad[3, 1] = torch.inf
+    take_in(clusters, bad)
+    assert clusters.batches == 1
+    before = clusters.centres.clone()
+    take_in(clusters, bad)
+    assert torch.equal(clusters.centres, before)
+    take_in(clusters, torch.randn(20, 4))
+    assert clusters.centres.isfinite().all()
+    assert not torch.equal(clusters.centres, before)
+
+
+def test_sums_follow_the_clusters_to_another_device():
+    clusters = make_clusters()
+    take_in(clusters, torch.randn(20, 4))
+    clusters(torch.randn(20, 4), gather=True)
+    clusters.share()
+    clusters.to("meta")
+    clusters.update()
+    assert clusters.centres.is_meta
 
 
 def test_equal_tokens_first_and_others_later_give_numbers():

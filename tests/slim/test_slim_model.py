@@ -2,18 +2,19 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import T5Config, T5ForConditionalGeneration, Trainer, TrainingArguments
 
-from twinweave.errors import BaseMismatchError, UnsupportedModelError, UsageError
+from twinweave.errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
 from twinweave.slim import SlimConfig, get_slim_model
 from twinweave.slim.clustering import SlidingClusters
 from twinweave.slim.layer import SlimLayer
-from twinweave.slim.router import Router
+from twinweave.slim.router import Router, watch_identity
 
 SMALL = {"r": 2, "num_experts": 3, "num_clusters": 2, "cluster_rate": 0.2, "router_init_std": 0.1}
 
@@ -418,7 +419,7 @@ def test_an_exception_within_a_pass_leaves_nothing_behind(make, tokens):
             model(input_ids=ids, attention_mask=torch.ones_like(ids))
         hook.remove()
         if error is ZeroDivisionError:
-            assert model.base_model.passing.depth == 0
+            assert model.base_model.passing.entered == []
             assert model.base_model.passing.attention_mask is None
         states = []
         for one in (model, untouched):
@@ -426,7 +427,7 @@ def test_an_exception_within_a_pass_leaves_nothing_behind(make, tokens):
             torch.manual_seed(1)
             found = [logits(one, ids), logits(one, ids)]
             states.append(of_adapter(one) | {"logits": torch.stack(found)})
-            assert one.base_model.passing.depth == 0
+            assert one.base_model.passing.entered == []
         assert equal(*states)
         copy.deepcopy(model)
 
@@ -521,3 +522,88 @@ def test_accumulated_gradients_have_the_term_once(accumulation, make, tokens, tm
     for name, parameter in expected_model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(moved[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+# --- what a review found ------------------------------------------------------------------------------------------
+
+
+def test_masks_drawn_in_inference_mode_do_for_a_backward_pass(make, tokens):
+    model, ids = make(), tokens(2, 5)
+    with torch.inference_mode():
+        model(input_ids=ids)
+    model(input_ids=ids, labels=ids).loss.backward()
+
+
+def test_with_its_adapter_off_the_loss_has_no_l1_term(make, tokens):
+    model, ids = make(l1_weight=1.0).train(), tokens(2, 7)
+    assert model.base_model.l1_loss() > 0
+    with model.disable_adapter():
+        assert model.base_model.l1_loss() == 0
+        alone = model(input_ids=ids, labels=ids).loss
+    assert torch.equal(alone, model.unload()(input_ids=ids, labels=ids).loss)
+
+
+def test_a_base_that_carries_slim_is_refused(make, make_base):
+    base = make_base("llama")
+    make(base=base)
+    with pytest.raises(UsageError, match="unload"):
+        get_slim_model(base, small(num_experts=2))
+
+
+def test_nothing_is_kept_behind_a_pass(make, tokens):
+    model = make().train()
+    gate, up = (model.get_submodule(f"base_model.model.model.layers.0.mlp.{name}_proj") for name in ("gate", "up"))
+    up.register_forward_pre_hook(lambda module, args: (args[0] + 1,))  # now the two do not read the same input
+    ids = tokens(2, 7)
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert gate.routings["default"] is up.routings["default"]
+    assert gate.routings["default"]._kept is None
+    copy.deepcopy(model)
+
+
+def test_the_clusters_of_a_frozen_adapter_stay(make, make_base, tokens, tmp_path):
+    make().save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(make_base("llama"), tmp_path).train()
+    before = of_adapter(model)
+    for seed in range(3):
+        model(input_ids=tokens(2, 9, seed=seed))
+    assert equal(of_adapter(model), before)
+
+
+def test_it_can_be_pickled(make, tokens):
+    model = make()
+    again = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(again, tokens(2, 7)), logits(model, tokens(2, 7)))
+
+
+def test_an_encoder_decoder_is_refused():
+    config = T5Config(vocab_size=32, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0)
+    with pytest.raises(UnsupportedModelError, match="no causal"):
+        get_slim_model(T5ForConditionalGeneration(config), small())
+
+
+def test_a_fingerprint_that_cannot_be_read_is_our_error(make, make_base, tmp_path):
+    make().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_fingerprint": {"colour": "blue"}}))
+    with pytest.raises(DamagedFileError, match="base_fingerprint"):
+        PeftModel.from_pretrained(make_base("llama"), tmp_path)
+
+
+def test_peft_reports_its_type(make):
+    assert make().get_model_status().peft_types == {"default": "SLIM"}
+
+
+@pytest.mark.parametrize(("changes", "share"), [({"num_identity_experts": 0}, 0.0), ({"yielding_strength": 1e6}, 1.0)])
+def test_the_lens_reads_what_went_to_identity(make, tokens, changes, share):
+    model = make(**changes)
+    for clusters in clusters_of(model):  # there are none where nothing yields
+        clusters.centres += 100  # every token is far
+    with watch_identity(model) as seen:
+        logits(model, tokens(1, 6))
+    assert len(seen) == 4  # two routers in each of two layers
+    for found in seen:
+        torch.testing.assert_close(found, torch.full((6,), share))
+    with torch.no_grad():
+        logits(model, tokens(1, 6))
+    assert len(seen) == 4

@@ -8,10 +8,10 @@ from transformers import TrainerCallback
 
 import tiny_runs
 from twinweave.compare import compare
+from twinweave.compare.check import check_recipe
 from twinweave.errors import RecipeError, TwinweaveError, UsageError
 from twinweave.imsm import IMSMModel
 from twinweave.methods import METHODS, Settings, get_method
-from twinweave.rehearsal import RehearsalSettings
 from twinweave.slim import SlimConfig, get_slim_model
 from twinweave.slim.router import Router
 from twinweave.training import fit, load_base, load_recipe, load_rehearsal, load_tokenizer, load_training_data
@@ -225,4 +225,20 @@ def test_rehearsal_settings_are_for_those_who_rehearse(world):
     assert get_method("slim_rehearsal").rehearses == "always"
     with pytest.raises(RecipeError, match="slim_rehearsal needs general text"):
         compare(recipe_of(world, "methods=[slim_rehearsal]", rehearsal=None))
-    assert RehearsalSettings().sequences > 0
+
+
+def test_what_peft_writes_down_is_no_setting_of_slim(world):
+    with pytest.raises(RecipeError, match="inference_mode"):
+        recipe_of(world, slim={"inference_mode": True})
+
+
+def test_slim_changes_an_adapter_that_is_slim_itself(world):
+    recipe = recipe_of(world, peft=PEFT, slim={"top_k": 1, "num_identity_experts": 1})
+    model = get_method("slim_mixture").build(load_base(recipe.base), recipe.adapter(), recipe.settings())
+    config = model.peft_config["default"]
+    assert (config.r, config.top_k, config.num_identity_experts) == (PEFT["r"], 1, 0)
+
+
+def test_a_dial_that_does_not_fit_is_found_before_anything_is_trained(world):
+    with pytest.raises(UsageError, match="peft_scaled"):
+        check_recipe(recipe_of(world, "methods=[peft,peft_scaled]", peft=PEFT))

@@ -66,6 +66,10 @@ def check_run(recipe: Recipe, methods: Sequence[Method], data: TrainingData) -> 
             bare = _without_weights(model) if recipe.saved_adapter is None else load_base(recipe.base)
             built = method.build(bare, recipe.adapter(steps), recipe.settings())
             found.append((f"method {method.name}", f"{built.get_nb_trainable_parameters()[0]:,} parameters to train"))
+            for dialled in methods:
+                if dialled.dial and dialled.dial.of == method.name and not dialled.guarded:  # no guard is fitted yet
+                    with dialled.dial.apply(built, 1.0):
+                        pass
     found += [(f"task {task.name}", f"{count:,} rows, {', '.join(task.metrics)}") for task, count in rows]
     found += [("warning", warning) for warning in report.warnings]
     free_memory()

@@ -118,14 +118,14 @@ def load_woven(path: str, base: PreTrainedModel) -> PeftModel:
 
 
 def slim_config(adapter: Adapter, settings: Settings, **changes: Any) -> SlimConfig:
-    """SLIM of the size of the recipe's adapter, unless the recipe's `slim` says another rank.
+    """SLIM of the rank of the recipe's adapter, divided among the experts, unless the recipe's `slim` says another.
 
-    All experts together have the adapter's rank; where they go is for `slim` to say too (the feed-forwards).
+    Where they go is for `slim` to say too (the feed-forwards). Where the adapter is SLIM itself, `slim` changes it.
     """
     if isinstance(adapter, SavedAdapter):
         raise RecipeError("peft.path: SLIM has an adapter of its own and cannot go on from a saved one.")
     if isinstance(adapter, SlimConfig):
-        return replace(adapter, **changes)
+        return replace(adapter, **{**settings.slim, **changes})
     values = {"task_type": adapter.task_type, "revision": adapter.revision, **settings.slim, **changes}
     config = SlimConfig(**values)
     if "r" not in settings.slim:

@@ -87,7 +87,7 @@ METHODS: dict[str, Method] = {
             dial=Dial("imsm_published", retention),
             knob=Knob("retention", (1.0, 2.0, 3.0)),
         ),
-        Method("slim", "SLIM", "LoRA experts beside identity experts, chosen token by token, of the adapter's size.",
+        Method("slim", "SLIM", "LoRA experts beside identity experts, chosen token by token, of the adapter's rank.",
                slim(), load_plain),
         Method(
             "slim_yielding",

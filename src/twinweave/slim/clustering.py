@@ -7,7 +7,7 @@ Knows nothing about routers and experts. SLIM (arXiv 2410.07739), for a token x 
 
 A batch's sums are gathered while the model runs, added up over all processes when it has (`share`), and taken in before
 its next run (`update`), so that a forward which gradient checkpointing repeats in the backward pass finds the clusters
-of the first time.
+of the first time. (Where one backward pass follows several forwards, only the last one's.)
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,7 @@ from torch import Tensor, distributed, nn
 
 from .config import SlimConfig
 
-_FIRST_TOKENS = 256  # of the first batch, from which the clusters start
+_FIRST_TOKENS = 256  # of the first batch, from which the clusters start; more where there are more than 128 of them
 _LEAST_VARIANCE = 1e-14  # squared rounding of fp32: where all tokens are equal
 _LEAST_SHARE = 1e-6  # of the mean variance: what a channel's variance counts as at least
 
@@ -45,11 +45,11 @@ class SlidingClusters(nn.Module):
         self.register_buffer("variances", torch.ones(config.num_clusters, channels))
         self.register_buffer("batches", torch.zeros((), dtype=torch.long))
         self._started = False
-        self._first: Tensor | None = None  # of the pass that runs: some of its tokens, as long as there are no clusters
-        self._sums: Tensor | None = None  # and, [N_c, 1 + 2·C], its tokens' number, and sums of x − c and (x − c)²
+        self._first: Tensor | None = None  # as long as there are no clusters: some of the tokens seen so far
+        self._sums: Tensor | None = None  # of the pass that runs, [N_c, 1 + 2·C]: tokens, sums of x − c and (x − c)²
         self._start: Tensor | None = None  # the centres chosen among the first tokens
         self._due: list[Tensor] = []  # the sums of earlier passes, of all processes
-        self.register_state_dict_pre_hook(lambda module, *_: module.update())
+        self.register_state_dict_pre_hook(_update)
         self.register_load_state_dict_pre_hook(_forget_if_replaced)
 
     @property
@@ -83,7 +83,10 @@ class SlidingClusters(nn.Module):
     def _distances(self, x: Tensor, attended: Tensor | None, gather: bool) -> Tensor | None:
         if not self.started:
             if gather:
-                self._first = _some_of(x if attended is None else x[attended], _FIRST_TOKENS // _processes())
+                seen = x if attended is None else x[attended]
+                self._first = _some_of(
+                    seen if self._first is None else torch.cat((self._first, seen)), self._most_first
+                )
             return None
         nearest = self._nearest(x, self.centres)
         apart = x - self.centres[nearest]
@@ -108,9 +111,13 @@ class SlidingClusters(nn.Module):
             apart = apart.masked_fill(~attended[:, None], 0)  # what padding holds may be no number
         return torch.cat((members.sum(0)[:, None], members.T @ apart, members.T @ apart.square()), -1)
 
+    @torch.compiler.disable
     @torch.no_grad()
     def share(self) -> None:
-        """Add up what all processes have gathered: each of them has to call it, whether or not it has seen a token."""
+        """Add up what all processes have gathered: each of them has to call it, whether or not it has seen a token.
+
+        A batch in which a number has run over is left out: the clusters would never be numbers again.
+        """
         sums, self._sums = self._sums, None
         if not self.started:
             if not self._due:
@@ -120,15 +127,21 @@ class SlidingClusters(nn.Module):
             sums = self.centres.new_zeros(len(self.centres), 1 + 2 * self.centres.shape[1]) if sums is None else sums
             distributed.all_reduce(sums)
         if sums is not None:
-            self._due.append(sums)
+            self._due.append(torch.where(sums.isfinite().all(), sums, torch.zeros_like(sums)))
+
+    @property
+    def _most_first(self) -> int:
+        """How many of the first tokens a process keeps."""
+        return max(1, max(_FIRST_TOKENS, 2 * len(self.centres)) // _processes())
 
     def _choose_start(self) -> None:
         """Centres among the first tokens of all processes (k-means++, the same in each), and the sums around them."""
         count = len(self.centres)
-        tokens = _of_all(self.centres[:0] if self._first is None else self._first)
-        self._first = None
+        tokens = _of_all(self.centres[:0] if self._first is None else self._first, self._most_first)
+        tokens = tokens[tokens.isfinite().all(-1)]
         if len(tokens) < 2 * count:
-            return
+            return  # the next batch's are added to them
+        self._first = None
         self._start = torch.from_numpy(kmeans_plusplus(tokens.cpu().numpy(), count, random_state=0)[0]).to(tokens)
         with torch.autocast(tokens.device.type, enabled=False):
             nearest = self._nearest(tokens, self._start)
@@ -142,12 +155,13 @@ class SlidingClusters(nn.Module):
             self._take_in(sums)
 
     def _take_in(self, sums: Tensor) -> None:
+        sums = sums.to(self.centres.device)  # to which the model may have been moved since
         count, moved, spread = sums.split((1, self.centres.shape[1], self.centres.shape[1]), -1)
         start, self._start = self._start, None
         mean, variance = moved / count.clamp(min=1), spread / count.clamp(min=1)
         if start is not None:  # too few tokens for a variance of each cluster: they start with that around all centres
             pooled = (spread - count * mean.square()).sum(0) / count.sum()
-            self.centres.copy_(start + mean)
+            self.centres.copy_(start.to(mean.device) + mean)
             self.variances.copy_(pooled.expand_as(self.variances))
         else:
             rate = self.rate * (count > 0)
@@ -159,6 +173,10 @@ class SlidingClusters(nn.Module):
 def _floored(variances: Tensor) -> Tensor:
     """Variances [N_c, C] of which none is so small that the distance is made by rounding."""
     return variances + _LEAST_SHARE * variances.mean(-1, keepdim=True) + _LEAST_VARIANCE
+
+
+def _update(clusters: SlidingClusters, *_: object) -> None:
+    clusters.update()
 
 
 def _forget_if_replaced(clusters: SlidingClusters, state: Mapping[str, Tensor], prefix: str, *_: object) -> None:
@@ -174,11 +192,11 @@ def _some_of(tokens: Tensor, most: int) -> Tensor:
     )
 
 
-def _of_all(tokens: Tensor) -> Tensor:
-    """The tokens of all processes, in their order; none of them has more than its share of _FIRST_TOKENS."""
+def _of_all(tokens: Tensor, most: int) -> Tensor:
+    """The tokens of all processes, in their order; each has at most so many."""
     if _processes() == 1:
         return tokens
-    own = tokens.new_zeros(_FIRST_TOKENS // _processes(), 1 + tokens.shape[1])  # the first column: whether it is one
+    own = tokens.new_zeros(most, 1 + tokens.shape[1])  # the first column: whether it is one
     own[: len(tokens), 0], own[: len(tokens), 1:] = 1, tokens
     parts = [torch.empty_like(own) for _ in range(_processes())]
     distributed.all_gather(parts, own)

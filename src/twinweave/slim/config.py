@@ -19,7 +19,10 @@ class PeftName(str):
     @property
     def value(self) -> str:
         """The name itself."""
-        return str(self)
+        return str.__str__(self)
+
+    def __str__(self) -> str:
+        return f"PeftType.{self.value}"  # as the enum's members are written, which PEFT takes apart
 
 
 SLIM = cast(PeftType, PeftName("SLIM"))

@@ -66,6 +66,7 @@ class SlimLayer(nn.Module, BaseTunerLayer):
                 self.slim_clusters[adapter_name] = clusters
                 passing.clusters.append(clusters)
             routing = Routing(router, clusters, passing)
+            passing.routings.append(routing)
         else:
             routing.members += 1
         self.routings[adapter_name] = routing
@@ -121,8 +122,9 @@ class SlimLayer(nn.Module, BaseTunerLayer):
         drawn = self._drawn.get(name)
         if drawn is None or (drawn[0].device, drawn[0].dtype) != (like.device, like.dtype):
             seed = zlib.crc32(f"{config.mask_seed}/{self.name}".encode())
-            columns, rows = self._draw(config, torch.empty(0), torch.Generator().manual_seed(seed))
-            self._drawn[name] = columns.to(like), rows.to(like)
+            with torch.inference_mode(False):  # they will be needed where gradients are, too
+                columns, rows = self._draw(config, torch.empty(0), torch.Generator().manual_seed(seed))
+                self._drawn[name] = columns.to(like), rows.to(like)
         return self._drawn[name]
 
     def _draw(

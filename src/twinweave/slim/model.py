@@ -14,12 +14,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..decoder import decoder_of
-from ..errors import BaseMismatchError, UnsupportedModelError, UsageError
+from ..errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
 from ..fingerprint import BaseFingerprint, fingerprint
 from .clustering import SlidingClusters
 from .config import SLIM, SlimConfig
 from .layer import SlimLayer
-from .router import Passing, Routing
+from .router import Passing, Router, Routing
 from .targets import feed_forward_layers, hidden_size_of, is_mixture, sizes_of
 
 
@@ -43,29 +43,34 @@ class SlimModel(BaseTuner):
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         passing = self.passing
-        if module is self.model and passing.depth:  # the last pass was interrupted: torch calls no hook then
-            passing.depth = 0
+        if module in passing.entered:  # the last pass was interrupted: torch calls no hook then
+            passing.entered.clear()
             self._forget()
-        if passing.depth == 0:
-            mask = kwargs.get("attention_mask")
-            passing.attention_mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-            passing.settled = False
-        passing.depth += 1
+        if not passing.entered:
+            passing.settled, passing.attention_mask = False, None
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            passing.attention_mask = mask
+        passing.entered.append(module)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         passing = self.passing
-        passing.depth -= 1
-        if passing.depth:
+        passing.entered.pop()
+        if passing.entered:
             return
         passing.attention_mask = None
         if output is None:  # it has failed
             self._forget()
             return
+        for routing in passing.routings:
+            routing.release()
         for clusters in passing.clusters:
             if clusters.training and clusters.track_running_stats:
                 clusters.share()
 
     def _forget(self) -> None:
+        for routing in self.passing.routings:
+            routing.release()
         for clusters in self.passing.clusters:
             clusters.forget()
 
@@ -76,13 +81,12 @@ class SlimModel(BaseTuner):
         configs: list[Any] = [config for config in self.peft_config.values() if config is not peft_config]
         known = next((c.base_fingerprint for c in configs if getattr(c, "base_fingerprint", None)), None)
         own = fingerprint(model) if known is None else BaseFingerprint(**known)  # of a base that is adapted already
-        if peft_config.base_fingerprint is not None:
-            differences = own.differences(BaseFingerprint(**peft_config.base_fingerprint))
-            if differences:
-                raise BaseMismatchError(
-                    f"This SLIM adapter was made for another base than this {type(model).__name__}: they differ in "
-                    f"{' and '.join(differences)}. Load the base it was trained on."
-                )
+        recorded = peft_config.base_fingerprint
+        if recorded is not None and (differences := own.differences(_read(recorded))):
+            raise BaseMismatchError(
+                f"This SLIM adapter was made for another base than this {type(model).__name__}: they differ in "
+                f"{' and '.join(differences)}. Load the base it was trained on."
+            )
         peft_config.base_fingerprint = own.to_dict()
         if peft_config.target_modules is None:
             names = _in_blocks(feed_forward_layers(model), peft_config.layers_to_transform)
@@ -130,8 +134,11 @@ class SlimModel(BaseTuner):
             if isinstance(layer, SlimLayer)
             for name in layer.active_adapters
             if name in layer.configs and layer.configs[name].l1_weight and layer.slim_A[name].requires_grad
+            if not layer.disable_adapters
         ]
-        return torch.stack(terms).sum() if terms else torch.zeros((), device=next(self.model.parameters()).device)
+        if not terms:
+            return torch.zeros((), device=next(self.model.parameters()).device)
+        return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
     def _share_of_l1(self, labels: Tensor, num_items_in_batch: Tensor | int | None = None, **kwargs: Any) -> Tensor:
         """The term, or the batch's share of it: Trainer sums the losses of the batches it accumulates, each divided by
@@ -144,14 +151,24 @@ class SlimModel(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """As in PEFT."""
         super().delete_adapter(adapter_name)
-        left = {m for m in self.model.modules() if isinstance(m, SlidingClusters)}
+        left = {m for m in self.model.modules() if isinstance(m, (SlidingClusters, Router))}
         self.passing.clusters = [clusters for clusters in self.passing.clusters if clusters in left]
+        self.passing.routings = [routing for routing in self.passing.routings if routing.router in left]
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         for hook in self._hooks:
             hook.remove()
         return model
+
+
+def _read(recorded: Any) -> BaseFingerprint:
+    try:
+        return BaseFingerprint(**recorded)
+    except TypeError as error:
+        raise DamagedFileError(
+            f"base_fingerprint in adapter_config.json cannot be read ({error}). Save the adapter again."
+        ) from error
 
 
 def _is_for_sft(output: Any) -> bool:
@@ -215,7 +232,12 @@ def get_slim_model(
     config = SlimConfig() if config is None else config
     if not isinstance(config, SlimConfig):
         raise UsageError(f"get_slim_model takes a SlimConfig, not {type(config).__name__}; peft has get_peft_model.")
-    if not isinstance(base, PreTrainedModel) or not base.can_generate():
+    if any(isinstance(module, SlimLayer) for module in base.modules()):
+        raise UsageError(
+            f"This {type(base).__name__} carries SLIM already: wrapping changes a base in place. Take it out with the "
+            "PeftModel's unload(), give it another adapter with add_adapter, or load the base again."
+        )
+    if not isinstance(base, PreTrainedModel) or not base.can_generate() or base.config.is_encoder_decoder:
         raise UnsupportedModelError(
             f"{type(base).__name__} is no causal language model. Load the base with "
             "AutoModelForCausalLM.from_pretrained."

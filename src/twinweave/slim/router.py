@@ -46,12 +46,13 @@ class Passing:
     clusters that take tokens in meanwhile, in an order that is the same in every process."""
 
     def __init__(self) -> None:
-        self.depth = 0
-        """0 between passes, also while a backward pass repeats parts of one."""
+        self.entered: list[nn.Module] = []
+        """The model and its decoder while they run: none between passes, or where a backward pass repeats parts."""
         self.settled = False
         """Whether the clusters have taken in what earlier passes gathered."""
         self.attention_mask: Tensor | None = None
         self.clusters: list[SlidingClusters] = []
+        self.routings: list[Routing] = []
 
     def settle(self) -> None:
         """Let the clusters take in what earlier passes gathered, once in a pass.
@@ -63,10 +64,10 @@ class Passing:
                 clusters.update()
         self.settled = True
 
-    def attended(self, count: int) -> Tensor | None:
-        """Which of `count` tokens are real, bool [count]; None where all are, or where nothing says."""
+    def attended(self, x: Tensor) -> Tensor | None:
+        """Which of the tokens [N, C] are real, bool [N]; None where all are, or where nothing says."""
         mask = self.attention_mask
-        return mask.reshape(-1).bool() if mask is not None and mask.numel() == count else None
+        return mask.reshape(-1).to(x.device).bool() if mask is not None and mask.numel() == len(x) else None
 
 
 @dataclass
@@ -110,14 +111,19 @@ class Routing:
             return kept.shares
         distance = None
         if self.clusters is not None:
-            running = self.passing.depth > 0
+            running = bool(self.passing.entered)
             if running and self.clusters.track_running_stats:
                 self.passing.settle()
-            distance = self.clusters(x, self.passing.attended(len(x)), gather=running)
+            learns = self.router.weight.requires_grad  # or the adapter is there to be used
+            distance = self.clusters(x, self.passing.attended(x), gather=running and learns)
         shares = self.router(x, distance)
         waiting = self.members - 1
         self._kept = Answer(x, _version(x), shares, waiting, torch.is_grad_enabled()) if waiting else None
         return shares
+
+    def release(self) -> None:
+        """Keep no answer, and with it no input and no graph."""
+        self._kept = None
 
 
 @contextmanager

@@ -32,6 +32,9 @@ from ..methods import Adapter, Method, SavedAdapter, Settings, check_saved, get_
 from ..rehearsal import RehearsalSettings
 from ..slim import SlimConfig
 
+# What PEFT writes down about an adapter, or what the recipe says elsewhere.
+_NOT_FOR_RECIPES = {field.name for field in dataclass_fields(PeftConfig)} | {"base_fingerprint"}
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -285,7 +288,7 @@ class Recipe(_Section):
     def settings(self) -> Settings:
         """What the methods want to know beside the adapter. Raises UsageError for settings of a gate or of SLIM that do
         not exist, or cannot be."""
-        known = {field.name for field in dataclass_fields(SlimConfig)}
+        known = {field.name for field in dataclass_fields(SlimConfig)} - _NOT_FOR_RECIPES
         for key in self.slim:
             if key not in known:
                 raise RecipeError(unknown_name("setting of SLIM", f"slim.{key}", [f"slim.{name}" for name in known]))
@@ -341,7 +344,13 @@ class Recipe(_Section):
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-3 as text; people mean the number."""
+    """YAML 1.1 reads 1e-3 as text; people mean the number. And of a key that is given twice the last would win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.constructor.ConstructorError(None, None, f"'{twice[0]}' is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Yaml.add_implicit_resolver(
