@@ -176,5 +176,5 @@ def test_the_recipes_of_the_repository_are_valid(file, monkeypatch):
 def test_a_key_that_is_given_twice_is_an_error(tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("base: pocket\nslim: {r: 2}\nslim: {r: 4}\n")
-    with pytest.raises(RecipeError, match="'slim' is given twice"):
+    with pytest.raises(UsageError, match="'slim' is given twice"):
         load_recipe(file)
