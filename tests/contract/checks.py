@@ -490,7 +490,8 @@ def rehearsal(subject: Subject) -> None:
         out = model(**inputs, rehearse="both")
     for found, memory in zip(out.divergences, ("interwoven", "enhanced"), strict=True):
         expected = kl_div(log_probs[memory], log_probs["original"], log_target=True, reduction="none").sum(-1).mean()
-        assert expected > 0, "the memories say the same"
+        # of a tiny model that is sure of every token the divergence itself is lost in rounding
+        assert not torch.equal(log_probs[memory], log_probs["original"]), "the memories say the same"
         close(found, expected, f"the divergence of the {memory} memory", share=1e-3)
     for what, kind in (("gate", {"gate"}), ("both", {"gate", "adapter"})):
         learning = gradients(model, **inputs, rehearse=what)[1]
