@@ -8,9 +8,8 @@ from peft import LoraConfig, PeftModel
 
 from twinweave.baselines.corda import least_used_directions
 from twinweave.errors import RecipeError, UnsupportedModelError
-from twinweave.imsm import IMSMConfig
 from twinweave.imsm.starts import START
-from twinweave.methods import get_method, load_plain
+from twinweave.methods import Settings, get_method, load_plain
 from twinweave.rehearsal import Materials
 
 OWN = ["peft_osf", "peft_oft", "peft_corda"]
@@ -22,7 +21,7 @@ def logits(model, tokens):
 
 
 def build(name, base, config, materials):
-    return get_method(name).build(base, config, IMSMConfig(), materials)
+    return get_method(name).build(base, config, Settings(), materials)
 
 
 def train_a_little(model, task):

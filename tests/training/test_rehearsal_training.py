@@ -138,6 +138,7 @@ def test_once_for_an_optimizer_step_whatever_the_accumulation(world, monkeypatch
 def test_the_term_has_its_weight_whatever_the_accumulation(world, accumulation):
     """The gradient of a step is that of the task's mean loss plus the term's, each with its own weight."""
     from twinweave.imsm import IMSMConfig
+    from twinweave.methods import Settings
 
     recipe = recipe_of(world)
     tokenizer = load_tokenizer(recipe.base)
@@ -145,7 +146,9 @@ def test_the_term_has_its_weight_whatever_the_accumulation(world, accumulation):
 
     def gradients(term):
         torch.manual_seed(0)
-        model = get_method("imsm").build(load_base(recipe.base), recipe.peft_config(), IMSMConfig(gate_rank=2))
+        model = get_method("imsm").build(
+            load_base(recipe.base), recipe.peft_config(), Settings(IMSMConfig(gate_rank=2))
+        )
         arguments = TrainingArguments(
             output_dir=str(world / "trainer"), max_steps=1, per_device_train_batch_size=2, learning_rate=0.0,
             gradient_accumulation_steps=accumulation, use_cpu=True, report_to="none", save_strategy="no",
