@@ -146,7 +146,6 @@ def test_the_term_has_its_weight_whatever_the_accumulation(world, accumulation):
 
     def gradients(term):
         torch.manual_seed(0)
-        settings = Settings(IMSMConfig(gate_rank=2))
         model = get_method("imsm").build(
             load_base(recipe.base), recipe.peft_config(), Settings(IMSMConfig(gate_rank=2))
         )
