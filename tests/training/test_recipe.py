@@ -178,3 +178,11 @@ def test_a_key_that_is_given_twice_is_an_error(tmp_path):
     file.write_text("base: pocket\nslim: {r: 2}\nslim: {r: 4}\n")
     with pytest.raises(UsageError, match="'slim' is given twice"):
         load_recipe(file)
+
+
+def test_a_section_may_be_merged_into_another(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    task = "{name: one, kind: generation, data: rows.jsonl, max_new_tokens: 4}"
+    file.write_text(f"base: pocket\ntrain: rows.jsonl\ntarget: &task {task}\nretained:\n  - <<: *task\n    name: two\n")
+    recipe = load_recipe(file)
+    assert [(t.name, t.max_new_tokens) for t in (recipe.target, *recipe.retained)] == [("one", 4), ("two", 4)]

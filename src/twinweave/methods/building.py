@@ -108,7 +108,8 @@ def _refusals(base: PreTrainedModel) -> Iterator[None]:
         yield
     except (ValueError, TypeError, AttributeError) as error:
         raise UnsupportedModelError(
-            f"PEFT refuses this adapter for {type(base).__name__}: {str(error).rstrip('.')}. Mend `peft` in the recipe."
+            f"PEFT refuses this adapter for {type(base).__name__}: {str(error).rstrip('.')}. Mend `peft` in the recipe"
+            " (of SLIM, `slim`)."
         ) from error
 
 

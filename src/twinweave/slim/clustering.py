@@ -59,7 +59,7 @@ class SlidingClusters(nn.Module):
         return self._started
 
     def forget(self) -> None:
-        """Leave out what the pass that runs has gathered so far."""
+        """Leave out what the pass that runs has gathered so far, and before there are clusters all first tokens."""
         self._first = self._sums = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "SlidingClusters":

@@ -227,7 +227,7 @@ def get_slim_model(
 
     The result is a PeftModel, to be trained, saved, loaded (`PeftModel.from_pretrained`) and given to `get_imsm_model`
     as any other. `peft_kwargs` are those of `peft.get_peft_model`. Raises UnsupportedModelError when the model is no
-    causal LM or has none of the layers.
+    causal LM or has none of the layers, UsageError when it carries SLIM already.
     """
     config = SlimConfig() if config is None else config
     if not isinstance(config, SlimConfig):

@@ -347,7 +347,8 @@ class _Yaml(yaml.SafeLoader):
     """YAML 1.1 reads 1e-3 as text; people mean the number. And of a key that is given twice the last would win."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        plain = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]  # `<<` has no value of its own
+        keys = [self.construct_object(key, deep=True) for key in plain]
         if twice := [key for key in keys if keys.count(key) > 1]:
             raise yaml.constructor.ConstructorError(None, None, f"'{twice[0]}' is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
