@@ -1,12 +1,16 @@
 """twinweave: teach a language model something new without erasing what it knew."""
 
 from .errors import TwinweaveError
+from .genadapter import AdapterState, GenerativeAdapter, GenerativeAdapterConfig
 from .imsm import GuardSettings, IMSMConfig, IMSMModel, fit_guard, get_imsm_model
 from .slim import SlimConfig, get_slim_model
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdapterState",
+    "GenerativeAdapter",
+    "GenerativeAdapterConfig",
     "GuardSettings",
     "IMSMConfig",
     "IMSMModel",

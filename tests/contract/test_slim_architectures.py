@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from contract import architectures, checks
 from twinweave import SlimConfig, get_slim_model
+from twinweave.blocks import feed_forward_layers, is_mixture
 from twinweave.errors import UnsupportedModelError
 from twinweave.slim.layer import SlimLayer
-from twinweave.slim.targets import feed_forward_layers, is_mixture
 
 GATED = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
 SHARED = {"mlp.shared_experts.gate_proj", "mlp.shared_experts.up_proj", "mlp.shared_experts.down_proj"}

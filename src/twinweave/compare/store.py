@@ -11,7 +11,8 @@ from typing import Any
 
 from ..errors import DamagedFileError, RecipeError
 from ..files import write_json_atomic
-from ..imsm.saving import ADAPTER_NAME, check_adapter_files, local_folder
+from ..imsm.saving import ADAPTER_NAME, check_adapter_files
+from ..pretrained import local_folder
 from ..processes import is_first, wait_for
 from ..training import Recipe
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from ..decoder import decoder_of
 from ..errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
 from ..fingerprint import fingerprint
+from ..pretrained import local_folder
 from . import saving
 from .adapters import adapter_layers
 from .checks import adapted_behind, base_alone, check_adapter, check_base, refuse_outside
@@ -77,7 +78,7 @@ def read_from(path: str | os.PathLike[str], base: PreTrainedModel) -> tuple[Path
     fingerprint (IMSM's own do) that is not the base's. Plain PEFT records a name only: another one is a warning.
     """
     check_base(base)
-    folder = saving.local_folder(path, None)
+    folder = local_folder(path, None)
     saving.check_adapter_files(folder)
     config = saving.read_adapter_config(folder)
     check_trained(config)

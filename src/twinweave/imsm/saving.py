@@ -10,15 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 from peft import PeftConfig
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from ..errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
+from ..errors import DamagedFileError
 from ..files import atomic_files_into, read_safetensors, write_json_atomic
 from ..fingerprint import BaseFingerprint, fingerprint
+from ..pretrained import MISMATCH_ALLOWED, base_of, check_same_base, local_folder, recorded_base
 from .checks import check_base, check_goes_on
 from .config import IMSMConfig
 from .guard import DomainGuard, GuardSettings, misfit_of_guard
@@ -51,12 +50,7 @@ def save(model: "IMSMModel", path: str | os.PathLike[str], save_adapter: Callabl
             folder / CONFIG_NAME,
             {
                 "imsm": settings,
-                "base": {
-                    "name_or_path": base.config._name_or_path or None,
-                    # transformers keeps no trace of it from 5.23 on; PEFT's configurations have a place for it
-                    "revision": getattr(base.config, "_commit_hash", None) or model.active_peft_config.revision,
-                    "fingerprint": model.base_fingerprint.to_dict(),
-                },
+                "base": recorded_base(base, model.base_fingerprint, model.active_peft_config.revision),
             },
         )
         if model.guard is not None:
@@ -96,23 +90,10 @@ def load(
     if not (folder / GATE_NAME).is_file():
         raise DamagedFileError(f"{folder} has no {GATE_NAME}. Save the model again.")
     recorded = settings["base"]
-    if base is None or isinstance(base, str):
-        name = base or recorded["name_or_path"]
-        if not name:
-            raise BaseMismatchError(
-                f"{folder} does not record the name of its base (it was made from a config). Pass base=MODEL."
-            )
-        if base is None and recorded.get("revision"):
-            base_kwargs.setdefault("revision", recorded["revision"])
-        base = _load_base(name, base_kwargs)
-    elif base_kwargs:
-        raise UsageError(
-            f"{', '.join(sorted(base_kwargs))}: these say how to load a base, but a loaded one was passed."
-        )
-
+    base = base_of(folder, recorded, base, base_kwargs)
     check_base(base)
     if not allow_base_mismatch:  # before the base is wrapped, so that it stays as it was
-        check_recorded_base(folder, fingerprint(base), ", or pass allow_base_mismatch=True to go on all the same")
+        check_recorded_base(folder, fingerprint(base), MISMATCH_ALLOWED)
     peft_config = read_adapter_config(folder)
     if is_trainable:
         check_goes_on(peft_config)
@@ -173,35 +154,7 @@ def load_guard_if_present(model: "IMSMModel", path: Any) -> None:
 
 def check_recorded_base(folder: Path, found: BaseFingerprint, otherwise: str = "") -> None:
     """Raise BaseMismatchError unless the model saved in `folder` was made for the base with that fingerprint."""
-    recorded = _read_settings(folder)["base"]
-    if differences := BaseFingerprint(**recorded["fingerprint"]).differences(found):
-        raise BaseMismatchError(
-            f"{folder} was made for another base ({recorded['name_or_path']}): what differs is "
-            f"{'; '.join(differences)}. Load that base{otherwise}."
-        )
-
-
-def local_folder(path: str | os.PathLike[str], revision: str | None) -> Path:
-    """The folder itself, or what a hub name stands for at that revision. Raises DamagedFileError for neither."""
-    folder = Path(path)
-    if folder.is_dir():
-        return folder
-    if isinstance(path, str) and path.count("/") == 1 and not path.startswith((".", "/", "~")):
-        try:
-            return Path(snapshot_download(path, revision=revision, allow_patterns=["*.json", "*.safetensors"]))
-        except (OSError, ValueError, HfHubHTTPError) as error:
-            raise DamagedFileError(
-                f"{path}, revision {revision or 'main'}, is no folder here and cannot be had from the hub "
-                f"({' '.join(str(error).split()):.200}). Check the name and the revision."
-            ) from error
-    raise DamagedFileError(f"There is no folder {folder}. Pass a folder written by save_pretrained, or a hub name.")
-
-
-def _load_base(name: str, base_kwargs: dict[str, Any]) -> PreTrainedModel:
-    try:
-        return AutoModelForCausalLM.from_pretrained(name, **base_kwargs)
-    except (OSError, ValueError, ImportError) as error:  # the last: a package that its quantisation needs
-        raise UnsupportedModelError(f"The base model {name} cannot be loaded ({error}). Pass base=MODEL.") from error
+    check_same_base(folder, _read_settings(folder)["base"], found, otherwise)
 
 
 def read_adapter_config(folder: Path) -> PeftConfig:

@@ -18,7 +18,8 @@ from ..files import read_safetensors
 from ..imsm import IMSMModel, get_imsm_model
 from ..imsm.checks import check_base, check_plain_adapter
 from ..imsm.existing import check_trained
-from ..imsm.saving import local_folder, read_adapter_config
+from ..imsm.saving import read_adapter_config
+from ..pretrained import local_folder
 from ..rehearsal import Materials
 from ..slim import SlimConfig, get_slim_model
 from .method import Adapter, Build, SavedAdapter, Settings

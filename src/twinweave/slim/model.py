@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..blocks import feed_forward_layers, hidden_size_of, is_mixture
 from ..decoder import decoder_of
 from ..errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
 from ..fingerprint import BaseFingerprint, fingerprint
@@ -20,7 +21,7 @@ from .clustering import SlidingClusters
 from .config import SLIM, SlimConfig
 from .layer import SlimLayer
 from .router import Passing, Router, Routing
-from .targets import feed_forward_layers, hidden_size_of, is_mixture, sizes_of
+from .targets import sizes_of
 
 
 class SlimModel(BaseTuner):

@@ -27,8 +27,9 @@ from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 from ..errors import RecipeError, unknown_name
 from ..evaluation import Task, resolve_task
 from ..imsm import GuardSettings, IMSMConfig
-from ..imsm.saving import check_adapter_files, local_folder, read_adapter_config
+from ..imsm.saving import check_adapter_files, read_adapter_config
 from ..methods import Adapter, Method, SavedAdapter, Settings, check_saved, get_method, knobs
+from ..pretrained import local_folder
 from ..rehearsal import RehearsalSettings
 from ..slim import SlimConfig
 

@@ -1,0 +1,83 @@
+"""The settings of a generator of adapters. Knows nothing about the base model or training."""
+
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from ..errors import UsageError, unknown_name
+
+Mode = Literal["parallel", "sequential"]
+Normalization = Literal["svd", "frobenius"]
+
+
+@dataclass
+class GenerativeAdapterConfig:
+    """How a text becomes an adapter (GenerativeAdapter, arXiv 2411.05877); the defaults are those of its 7B models."""
+
+    target_modules: list[str] | str | None = None
+    """Linear layers that are adapted, named as PEFT names them (a list of endings, or a regular expression). None: in
+    each block the last linear layer of what mixes the tokens (the attention's output projection)."""
+
+    state_size: int = 1024
+    """d_r: a layer remembers what was read in a matrix of d_r x d_r."""
+
+    rank: int = 128
+    """r: the most directions of that matrix that the adapter keeps, and the rank of the exported LoRA."""
+
+    scale: float = 1 / 16
+    """s: what the weight change is multiplied by. The paper has 1/16 for Mistral-7B and 1/8 for Llama2-7B."""
+
+    chunk_size: int = 1024
+    """Tokens that are read at once; chunks do not see each other."""
+
+    mode: Mode = "parallel"
+    """`parallel`: the bare base reads every chunk, so that states add up and a text can be taken out again.
+    `sequential`: each chunk is read by the base as adapted to the chunks before it."""
+
+    key_offsets: list[int] = field(default_factory=lambda: [0])
+    """What a token's value is stored under: a sum over the tokens so many places behind it (before it where negative),
+    each with a projection of its own, as in a short convolution. [0], the token itself, is the paper's: a base whose
+    states say by themselves what a value belongs to needs no more, and a small one may."""
+
+    normalization: Normalization = "svd"
+    """`svd`: every kept direction counts alike. `frobenius`: the paper's ablation, one number divides the matrix."""
+
+    tolerance: float = 1e-5
+    """Directions with a singular value below this share of the largest are left out: they hold rounding, not text."""
+
+    newton_schulz_steps: int = 12
+    """Iterations in the place of the decomposition while training, where its gradient would not be stable."""
+
+    def __post_init__(self) -> None:
+        for name, least in (
+            ("state_size", 1), ("rank", 1), ("chunk_size", 1), ("newton_schulz_steps", 1)
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+        if self.rank > self.state_size:
+            raise UsageError(f"rank is {self.rank}, more than state_size={self.state_size} can hold. Lower it.")
+        if not 0 < self.scale < float("inf"):
+            raise UsageError(f"scale is {self.scale!r}; it must be a positive number.")
+        if not 0 <= self.tolerance < 1:
+            raise UsageError(f"tolerance is {self.tolerance!r}; it must lie in [0, 1).")
+        offsets = self.key_offsets
+        if not offsets or any(isinstance(o, bool) or not isinstance(o, int) for o in offsets):
+            raise UsageError(f"key_offsets is {offsets!r}; it must be a list of whole numbers, such as [-1, 0].")
+        if len(set(offsets)) != len(offsets):
+            raise UsageError(f"key_offsets is {offsets!r}; give every offset once.")
+        for name, choices in (("mode", get_args(Mode)), ("normalization", get_args(Normalization))):
+            if getattr(self, name) not in choices:
+                raise UsageError(unknown_name(name, str(getattr(self, name)), choices))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "GenerativeAdapterConfig":
+        """The inverse of `to_dict`. Raises UsageError for a key that is not a setting."""
+        known = {field.name for field in fields(cls)}
+        for key in values:
+            if key not in known:
+                raise UsageError(unknown_name("setting of GenerativeAdapter", key, known))
+        return cls(**values)

@@ -1,0 +1,378 @@
+"""A frozen base that reads a text once and answers from what it read: the generators of its layers, and the passes.
+
+Knows nothing about training loops, tasks or files. What a layer computes is in `generator.py`, what is kept of a text
+in `state.py`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from ..decoder import decoder_of
+from ..errors import BaseMismatchError, UnsupportedModelError, UsageError
+from ..fingerprint import fingerprint
+from . import saving
+from .config import GenerativeAdapterConfig
+from .generator import Generator
+from .passes import attach, listening, remove
+from .state import AdapterState, fixed_point
+from .targets import find_targets
+from .text import chunks_of, digest_and_pieces
+
+Text = str | os.PathLike[str] | Iterable[str]
+
+
+class GenerativeAdapter(nn.Module):
+    """A base with a generator of adapters. Only the generator is trained, and only the generator is saved.
+
+    `tokenizer` is needed to read texts; without one it is loaded from where the base came from. Raises
+    UnsupportedModelError for a base that cannot carry it.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        config: GenerativeAdapterConfig | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        super().__init__()
+        _check_base(base)
+        self.settings = config or GenerativeAdapterConfig()
+        self.base_fingerprint = fingerprint(base)
+        self.base = base.requires_grad_(False)
+        self.targets = find_targets(base, self.settings.target_modules)
+        self._generators = [
+            Generator(t.hidden_size, t.in_features, t.out_features, self.settings).to(base.device) for t in self.targets
+        ]
+        self.generators = nn.ModuleList(self._generators)
+        self._of_block: dict[nn.Module, list[int]] = {}
+        for index, target in enumerate(self.targets):
+            self._of_block.setdefault(target.block, []).append(index)
+        self._tokenizer = tokenizer
+        self._kept: list[RemovableHandle] = []
+        self._fingerprint: tuple[Any, str] | None = None
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def empty_state(self) -> AdapterState:
+        """The state of having read nothing: with it the model is the base, bit for bit."""
+        size = self.settings.state_size
+        sums = {target.name: torch.zeros(size, size, dtype=torch.int64) for target in self.targets}
+        return AdapterState(sums, self.fingerprint(), additive=self.settings.mode == "parallel", reader=self)
+
+    @torch.no_grad()
+    def read(self, text: Text, *, state: AdapterState | None = None) -> AdapterState:
+        """Read one text, in one pass over its chunks of `chunk_size` tokens.
+
+        `text`: a str; a path, whose UTF-8 text is read piece by piece; or an iterable of pieces of one text, such as a
+        stream. However it comes, the same text gives the same bits. `state`: what was read before; it is not changed.
+        Raises DataError for a text that is empty or not UTF-8.
+        """
+        before = self.empty_state() if state is None else state
+        self.check_state(before)
+        names = [target.name for target in self.targets]
+        total = {name: tensor.clone() for name, tensor in before.sums.items()}
+        digest, pieces = digest_and_pieces(text)
+        tokens = 0
+        with self._in_evaluation():
+            for ids, own in chunks_of(pieces, self.tokenizer, self.chunk_size):
+                row = torch.tensor([ids], device=self.base.device)
+                handles = [] if before.additive else self._attach_factors(self._factors_of(total))
+                try:
+                    sums = self._chunk_sums(row, torch.ones_like(row))
+                finally:
+                    remove(handles)
+                for name, tensor in fixed_point(dict(zip(names, (s[0] for s in sums), strict=True))).items():
+                    total[name] += tensor
+                tokens += own
+        documents = before.documents.copy()
+        documents[digest()] += 1
+        return before._with(total, documents, before.tokens + tokens)
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens that are read at once: those of the settings, or what the base's window has room for."""
+        window = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(window, int) or window < 2:
+            return self.settings.chunk_size
+        return min(self.settings.chunk_size, window - 1)  # the start of text takes one
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that texts are read with. Raises UnsupportedModelError where the base has none."""
+        if self._tokenizer is None:
+            name = self.base.config._name_or_path
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(name)
+            except (OSError, ValueError) as error:
+                raise UnsupportedModelError(
+                    f"The base {name or type(self.base).__name__} comes without a tokenizer. Pass tokenizer=..."
+                ) from error
+        return self._tokenizer
+
+    # --- answering --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def adapted(self, state: AdapterState | Sequence[AdapterState]) -> Iterator["GenerativeAdapter"]:
+        """Answer from what was read, within the block; afterwards the base is as it was, whatever happened.
+
+        With several states, the rows of a batch belong to them in turn: row i of as many rows answers from state i.
+        """
+        states = [state] if isinstance(state, AdapterState) else list(state)
+        if not states:
+            raise UsageError("adapted() got no state. Use reader.empty_state() for having read nothing.")
+        for one in states:
+            self.check_state(one)
+        remove(self._kept)
+        handles: list[RemovableHandle] = []
+        if not all(one.is_empty for one in states):
+            layers = zip(*(self._factors_of(one.sums) for one in states), strict=True)
+            stacked = [(torch.stack([a for a, _ in layer]), torch.stack([b for _, b in layer])) for layer in layers]
+            handles = self._attach_factors(stacked)
+        try:
+            yield self
+        finally:
+            remove(handles)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base's own `generate`; within `adapted`, from what was read."""
+        generate: Any = self.base.generate
+        return generate(*args, **kwargs)
+
+    def check_state(self, state: AdapterState) -> None:
+        """Raise BaseMismatchError for a state that another generator, or this one before more training, has read."""
+        if state.generator != self.fingerprint():
+            raise BaseMismatchError(
+                f"The state was read by another generator ({state.generator}) than this one ({self.fingerprint()}). "
+                "Read the text again, or load the generator that has read it."
+            )
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        *args: Any,
+        context_ids: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        reads: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base's forward, adapted to contexts that are read in the same call; without `context_ids` as it is.
+
+        `context_ids`, `context_mask`: the chunks, [C, M]. `reads`: [Q, C], which of Q states has read which chunks (0
+        or 1), in the order of the columns; without it every chunk is a state of its own. The batch has k·Q rows, k
+        neighbours for each state. Prefixes of a segment are rows of a triangular `reads`: every chunk is read once.
+        """
+        remove(self._kept)
+        if context_ids is None:
+            return self.base(*args, **kwargs)
+        mask = torch.ones_like(context_ids) if context_mask is None else context_mask
+        if reads is None:
+            reads = torch.eye(len(context_ids), device=context_ids.device)
+        sums = self._sums_of(context_ids, mask, reads.float())
+        changes = [
+            partial(generator.change, normalized=generator.normalized(s))
+            for generator, s in zip(self._generators, sums, strict=True)
+        ]
+        handles = attach(self.targets, changes, len(reads))
+        try:
+            return self.base(*args, **kwargs)
+        finally:
+            if torch.is_grad_enabled() and getattr(self.base, "is_gradient_checkpointing", False):
+                self._kept = handles  # backward runs the blocks again; the next call removes them
+            else:
+                remove(handles)
+
+    def train(self, mode: bool = True) -> "GenerativeAdapter":
+        """As in torch, but for the base, which stays in evaluation mode: its dropout would blur what is read."""
+        remove(self._kept)
+        super().train(mode)
+        # transformers checkpoints only what is in training mode
+        self.base.train(mode and getattr(self.base, "is_gradient_checkpointing", False))
+        return self
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The base's own, whose blocks then run again in the backward pass."""
+        self.base.gradient_checkpointing_enable(*args, **kwargs)
+        self.train(self.training)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The base's own."""
+        self.base.gradient_checkpointing_disable()
+        self.train(self.training)
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable parameters and all parameters, as PEFT counts them."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write the generator and its settings into the folder `path`; never base weights. See `saving.save`."""
+        saving.save(self, path, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        base: PreTrainedModel | str | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        allow_base_mismatch: bool = False,
+        revision: str | None = None,
+        **base_kwargs: Any,
+    ) -> "GenerativeAdapter":
+        """A saved generator on its base: `base`, or the recorded one, loaded with `base_kwargs`; in evaluation mode.
+
+        `path`: a folder, or a hub name at `revision`. Raises DamagedFileError, BaseMismatchError for another base than
+        it was trained on, and UsageError.
+        """
+        return saving.load(cls, path, base, tokenizer, allow_base_mismatch, revision, base_kwargs)
+
+    def export_lora(
+        self, state: AdapterState, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Write `state` into the folder `path` as a LoRA of PEFT, of rank `rank` for every state, which any server
+        loads. In float32 it gives the logits of `adapted(state)`; bfloat16 takes half the space."""
+        self.check_state(state)
+        saving.save_lora(self, self._factors_of(state.sums), path, dtype)
+
+    # --- what the base has, for those who take this for one ---------------------------------------------------------
+
+    @property
+    def config(self) -> Any:
+        """The base's."""
+        return self.base.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The base's."""
+        return self.base.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return self.base.device
+
+    def fingerprint(self) -> str:
+        """Identifies what a state means: base, settings and the generator's weights as they are now."""
+        weights = list(self.generators.named_parameters())
+        versions = tuple((p.data_ptr(), p._version) for _, p in weights)
+        if self._fingerprint is None or self._fingerprint[0] != versions:
+            digest = hashlib.sha256(str(self.base_fingerprint).encode())
+            digest.update(json.dumps(self.settings.to_dict(), sort_keys=True).encode())
+            for name, weight in weights:
+                digest.update(name.encode())
+                digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
+            self._fingerprint = versions, digest.hexdigest()[:16]
+        return self._fingerprint[1]
+
+    # --- passes -----------------------------------------------------------------------------------------------------
+
+    def _chunk_sums(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
+        """S of each chunk in each layer, [C, d_r, d_r], read by the base as it is now; with gradients where wanted."""
+        sums: list[Any] = [0.0] * len(self.targets)
+        wanted = torch.is_grad_enabled()
+
+        def listener(block: nn.Module, states: Tensor) -> None:
+            with torch.set_grad_enabled(wanted):
+                for index in self._of_block[block]:  # a block that is called twice has read twice
+                    sums[index] = sums[index] + self._generators[index].sums(states.detach(), mask)
+
+        with listening(list(self._of_block), len(ids), listener), torch.no_grad():
+            _decoder(self.base)(input_ids=ids, attention_mask=mask, use_cache=False)
+        return sums
+
+    def _sums_of(self, ids: Tensor, mask: Tensor, reads: Tensor) -> list[Tensor]:
+        """S of each state in each layer, [Q, d_r, d_r]."""
+        if self.settings.mode == "parallel":
+            return [torch.einsum("qc,cij->qij", reads, s) for s in self._chunk_sums(ids, mask)]
+        total: list[Any] = [0.0] * len(self.targets)
+        for column in range(len(ids)):
+            # a chunk is read once for each different past; what it is read with gets no gradient through the reading
+            pasts, which = torch.unique(reads[:, : column + 1], dim=0, return_inverse=True)
+            row, seen = ids[column].expand(len(pasts), -1), mask[column].expand(len(pasts), -1)
+            first = [int((which == past).nonzero()[0]) for past in range(len(pasts))]
+            handles = [] if column == 0 else self._attach_sums([s[first] for s in total])
+            try:
+                sums = self._chunk_sums(row, seen)
+            finally:
+                remove(handles)
+            total = [t + reads[:, column, None, None] * s[which] for t, s in zip(total, sums, strict=True)]
+        return total
+
+    def _attach_sums(self, sums: Sequence[Tensor]) -> list[RemovableHandle]:
+        with torch.no_grad():
+            changes = [
+                partial(generator.change, normalized=generator.normalized(s))
+                for generator, s in zip(self._generators, sums, strict=True)
+            ]
+        return attach(self.targets, changes, len(sums[0]))
+
+    def _factors_of(self, sums: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """The LoRA pair of each layer, A [r, in] and B [out, r]."""
+        state = AdapterState(sums, "").values()
+        with torch.no_grad():
+            return [
+                generator.lora(state[target.name].to(self.base.device))
+                for target, generator in zip(self.targets, self._generators, strict=True)
+            ]
+
+    def _attach_factors(self, factors: Sequence[tuple[Tensor, Tensor]]) -> list[RemovableHandle]:
+        """Add the LoRA pairs A [Q, r, in] and B [Q, out, r] (or one pair without Q) to the layers."""
+        pairs = [(a[None], b[None]) if a.ndim == 2 else (a, b) for a, b in factors]
+        return attach(self.targets, [partial(_low_rank, a=a, b=b) for a, b in pairs], len(pairs[0][0]))
+
+    @contextmanager
+    def _in_evaluation(self) -> Iterator[None]:
+        remove(self._kept)
+        training = [module for module in self.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def _low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """x [Q, N, in] through A [Q, r, in] and B [Q, out, r]; one pair multiplies without a batch dimension."""
+    if len(a) == 1:
+        return (x.to(a.dtype) @ a[0].T) @ b[0].T
+    return (x.to(a.dtype) @ a.mT) @ b.mT
+
+
+def _decoder(base: PreTrainedModel) -> nn.Module:
+    decoder = decoder_of(base)
+    assert decoder is not None
+    return decoder
+
+
+def _check_base(base: Any) -> None:
+    fault = None
+    if not isinstance(base, PreTrainedModel):
+        fault = "is not a transformers model"
+    elif not base.can_generate() or base.get_output_embeddings() is None:
+        fault = "has no language-model head"
+    elif decoder_of(base) is None:
+        fault = "has no decoder of its own below its head"
+    elif base.config.is_encoder_decoder:
+        fault = "is an encoder-decoder"
+    elif getattr(base, "peft_config", None) or any("lora_" in name for name, _ in base.named_parameters()):
+        fault = "already carries an adapter"
+    if fault:
+        raise UnsupportedModelError(
+            f"{type(base).__name__} {fault}, so no adapter can be generated for it. Load the base with "
+            "AutoModelForCausalLM.from_pretrained."
+        )
