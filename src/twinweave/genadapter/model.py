@@ -251,13 +251,17 @@ class GenerativeAdapter(nn.Module):
         """
         return saving.load(cls, path, base, tokenizer, allow_base_mismatch, revision, base_kwargs)
 
+    def lora_factors(self, state: AdapterState) -> dict[str, tuple[Tensor, Tensor]]:
+        """What `state` stands for: name of an adapted layer -> A [r, in] and B [out, r], a LoRA of scaling 1."""
+        self.check_state(state)
+        return {target.name: pair for target, pair in zip(self.targets, self._factors_of(state.sums), strict=True)}
+
     def export_lora(
         self, state: AdapterState, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32
     ) -> None:
         """Write `state` into the folder `path` as a LoRA of PEFT, of rank `rank` for every state, which any server
         loads. In float32 it gives the logits of `adapted(state)`; bfloat16 takes half the space."""
-        self.check_state(state)
-        saving.save_lora(self, self._factors_of(state.sums), path, dtype)
+        saving.save_lora(self, self.lora_factors(state), path, dtype)
 
     # --- what the base has, for those who take this for one ---------------------------------------------------------
 

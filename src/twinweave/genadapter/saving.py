@@ -5,7 +5,7 @@ Knows nothing about how the model runs. Files are safetensors and JSON.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -99,7 +99,7 @@ def load_weights(model: "GenerativeAdapter", folder: Path) -> None:
 
 def save_lora(
     model: "GenerativeAdapter",
-    factors: Sequence[tuple[Tensor, Tensor]],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
     path: str | os.PathLike[str],
     dtype: torch.dtype,
 ) -> None:
@@ -116,7 +116,7 @@ def save_lora(
         inference_mode=True,
     )
     tensors = {}
-    for name, (a, b) in zip(names, factors, strict=True):
+    for name, (a, b) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.to("cpu", dtype).contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.to("cpu", dtype).contiguous()
     with atomic_files_into(path) as folder:
