@@ -75,6 +75,8 @@ def check_run(recipe: Recipe, methods: Sequence[Method], data: Mapping[bool, Tra
                     with dialled.dial.apply(built, 1.0):
                         pass
     found += [(f"task {task.name}", f"{count:,} rows, {', '.join(task.metrics)}") for task, count in rows]
+    if read := recipe.documents():
+        found.append(("evaluation.read", f"{len(read):,} documents"))
     found += [("warning", warning) for warning in report.warnings]
     free_memory()
     return found

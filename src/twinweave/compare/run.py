@@ -164,7 +164,13 @@ class _Session:
         }
 
     def _scores(self, model: Any) -> dict[str, Any]:
-        scores = evaluate_tasks(model, self.tokenizer, self.tasks, batch_size=self.recipe.evaluation.batch_size)
+        scores = evaluate_tasks(
+            model,
+            self.tokenizer,
+            self.tasks,
+            batch_size=self.recipe.evaluation.batch_size,
+            read=self.recipe.documents(),
+        )
         target = self.recipe.target.name
         return {
             "target": {target: scores[target].metrics},

@@ -131,4 +131,6 @@ def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _said(value: Any) -> Any:
     """`value` without the settings that are None: runs of earlier versions have no such key."""
+    if isinstance(value, list):
+        return [_said(entry) for entry in value]
     return {k: _said(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value

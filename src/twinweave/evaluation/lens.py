@@ -47,7 +47,7 @@ def read_lens(
 
 
 def _read_one(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, row: int) -> dict[str, Any] | None:
-    examples = read_examples(task.model_copy(update={"limit": row + 1}))
+    examples = [e.with_documents_in_prompt() for e in read_examples(task.model_copy(update={"limit": row + 1}))]
     if len(examples) <= row:
         return None
     example = examples[row]

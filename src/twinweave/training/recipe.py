@@ -25,7 +25,7 @@ from transformers.utils import is_bitsandbytes_available
 from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
 from ..errors import RecipeError, unknown_name
-from ..evaluation import Task, resolve_task
+from ..evaluation import Task, read_documents, resolve_task
 from ..genadapter import GenerativeAdapterConfig
 from ..genadapter.saving import read_config
 from ..imsm import GuardSettings, IMSMConfig
@@ -186,6 +186,11 @@ class EvaluationSection(_Section):
     batch_size: int = Field(32, ge=1)
     lens_prompts: int = Field(6, ge=0)
     """How many real prompts of target and retained tasks the report's lens shows."""
+    read: str | None = None
+    """Documents (a source with a `text` column) that GenerativeAdapter has read when it is scored on tasks without a
+    context; none: it is the bare base there."""
+    read_limit: int | None = Field(None, ge=1)
+    """The first of those documents only."""
 
 
 class Recipe(_Section):
@@ -306,6 +311,11 @@ class Recipe(_Section):
         """Plain values that `load_recipe` makes this recipe of."""
         # a key that is None says "off" where being left out says "on"
         return {"rehearsal": None} | self.model_dump(mode="json", exclude_none=True)
+
+    def documents(self) -> list[str]:
+        """The texts of `evaluation.read`. Raises DataError."""
+        section = self.evaluation
+        return [] if section.read is None else read_documents(section.read, section.read_limit)
 
     def sweep(self, method: Method) -> list[dict[str, float]]:
         """The settings at which `compare` has the method: knob -> value, or one empty setting without a knob."""
