@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -14,6 +13,8 @@ from ..compare import find_model
 from ..compare.store import RESULTS_NAME, read_results
 from ..errors import BaseMismatchError, DamagedFileError, UsageError
 from ..fingerprint import fingerprint
+from ..genadapter import GenerativeAdapter
+from ..genadapter.saving import CONFIG_NAME
 from ..imsm import IMSMModel
 from ..methods import load_plain
 from ..processes import is_first
@@ -51,7 +52,7 @@ def locate(run: Path) -> tuple[Path, Path]:
     return folder, owner
 
 
-def open_run(run: Path, base: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase, Recipe]:
+def open_run(run: Path, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase, Recipe]:
     """The trained model of a run, its tokenizer, and the recipe it came from."""
     folder, owner = locate(run)
     results = read_results(owner)
@@ -59,6 +60,8 @@ def open_run(run: Path, base: str | None = None) -> tuple[PeftModel, PreTrainedT
     if base is not None:
         recipe.base.name = base
     tokenizer, model = load_tokenizer(recipe.base), load_base(recipe.base)
+    if (folder / CONFIG_NAME).is_file():
+        return GenerativeAdapter.from_pretrained(str(folder), model, tokenizer=tokenizer), tokenizer, recipe
     if (folder / "imsm_config.json").is_file():
         return IMSMModel.from_pretrained(str(folder), model), tokenizer, recipe
     trained_on, found = results["base"]["fingerprint"], str(fingerprint(model))

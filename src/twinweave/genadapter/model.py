@@ -147,7 +147,8 @@ class GenerativeAdapter(nn.Module):
         remove(self._kept)
         handles: list[RemovableHandle] = []
         if not all(one.is_empty for one in states):
-            layers = zip(*(self._factors_of(one.sums) for one in states), strict=True)
+            factors = {id(one): self._factors_of(one.sums) for one in {id(one): one for one in states}.values()}
+            layers = zip(*(factors[id(one)] for one in states), strict=True)
             stacked = [(torch.stack([a for a, _ in layer]), torch.stack([b for _, b in layer])) for layer in layers]
             handles = self._attach_factors(stacked)
         try:

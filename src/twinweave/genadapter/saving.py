@@ -83,6 +83,11 @@ def load(
     return model.eval()
 
 
+def read_config(path: str | os.PathLike[str]) -> GenerativeAdapterConfig:
+    """The settings of the generator saved in the folder `path`. Raises DamagedFileError."""
+    return GenerativeAdapterConfig.from_dict(_read_settings(local_folder(path, None))["generative_adapter"])
+
+
 def load_weights(model: "GenerativeAdapter", folder: Path) -> None:
     """Give `model` the weights saved in `folder`. Raises DamagedFileError unless they fit exactly."""
     weights = read_safetensors(folder / GENERATOR_NAME)
