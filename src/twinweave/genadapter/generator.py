@@ -36,18 +36,22 @@ class Generator(nn.Module):
 
     def sums(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """S of each chunk, [C, d_r, d_r], from the block's inputs `hidden` [C, M, d] and `mask` [C, M] (0: padding)."""
-        states = F.rms_norm(hidden.float(), self.norm.shape, self.norm, _EPS) * mask[..., None]
-        keys = sum(_shifted(states, o) @ key.T for o, key in zip(self.config.key_offsets, self.key, strict=True))
-        return (keys * mask[..., None]).mT @ (states @ self.value.T)
+        # what a base makes of padding may not even be a number; a zero stays zero through the norm
+        hidden = hidden.float().masked_fill(mask[..., None] == 0, 0.0)
+        with _full_precision(hidden):
+            states = F.rms_norm(hidden, self.norm.shape, self.norm, _EPS)
+            keys = sum(_shifted(states, o) @ key.T for o, key in zip(self.config.key_offsets, self.key, strict=True))
+            return keys.mT @ (states @ self.value.T)
 
     def normalized(self, sums: Tensor) -> Tensor:
         """norm(S), shape of `sums` [..., d_r, d_r]: by an iteration with a gradient in training, exactly otherwise."""
-        if self.config.normalization == "frobenius":
-            return frobenius(sums)
-        if self.training:
-            return newton_schulz(sums, self.config.newton_schulz_steps)
-        u, v = orthogonal_factors(sums, self.config.rank, self.config.tolerance)
-        return u @ v.mT
+        with _full_precision(sums):
+            if self.config.normalization == "frobenius":
+                return frobenius(sums)
+            if self.training:
+                return newton_schulz(sums, self.config.newton_schulz_steps)
+            u, v = orthogonal_factors(sums, self.config.rank, self.config.tolerance)
+            return u @ v.mT
 
     def lora(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         """The weight change of S as a LoRA pair of scaling 1: A [..., r, in], B [..., out, r], for inference."""
@@ -62,6 +66,17 @@ class Generator(nn.Module):
     def change(self, x: Tensor, normalized: Tensor) -> Tensor:
         """ΔW x for inputs `x` [Q, N, in] of Q states `normalized` [Q, d_r, d_r]; [Q, N, out]."""
         return self.config.scale * ((x.float() @ self.query.T) @ normalized) @ self.output.T
+
+
+def gathered(reads: Tensor, sums: Tensor) -> Tensor:
+    """The sums of each state, [Q, n, n], from `reads` [Q, C] and those of each chunk, [C, n, n]."""
+    with _full_precision(sums):
+        return torch.einsum("qc,cij->qij", reads, sums)
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """Where autocast does nothing: a sum over a long text in bfloat16 would stop growing."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _shifted(states: Tensor, offset: int) -> Tensor:
