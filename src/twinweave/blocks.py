@@ -80,13 +80,14 @@ def blocks_of(module: nn.Module) -> Iterator[nn.Module]:
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
     """Everything in a block that sees every token by itself."""
     for name, child in module.named_children():
-        if not BESIDE.search(name) and not _mixes_tokens(child):
+        if not BESIDE.search(name) and not mixes_tokens(child):
             yield child
             if linear_sizes(child) is None and not isinstance(child, BaseTunerLayer):
                 yield from _parts(child)
 
 
-def _mixes_tokens(module: nn.Module) -> bool:
+def mixes_tokens(module: nn.Module) -> bool:
+    """Whether it sees other tokens than the one it works on, by its class's name or its arguments."""
     kind = type(module).__name__
     if kind.endswith("DecoderLayer"):
         return False  # a block in a block

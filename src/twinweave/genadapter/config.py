@@ -1,6 +1,6 @@
 """The settings of a generator of adapters. Knows nothing about the base model or training."""
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from ..errors import UsageError, unknown_name
@@ -33,11 +33,6 @@ class GenerativeAdapterConfig:
     """`parallel`: the bare base reads every chunk, so that states add up and a text can be taken out again.
     `sequential`: each chunk is read by the base as adapted to the chunks before it."""
 
-    key_offsets: list[int] = field(default_factory=lambda: [0])
-    """What a token's value is stored under: a sum over the tokens so many places behind it (before it where negative),
-    each with a projection of its own, as in a short convolution. [0], the token itself, is the paper's: a base whose
-    states say by themselves what a value belongs to needs no more, and a small one may."""
-
     token_gate: bool = False
     """Whether each token's part of the sums is multiplied by a learned share, the sigmoid of a projection of its state;
     not in the paper. It leaves out the tokens that say nothing, whose directions would be raised to full strength."""
@@ -68,11 +63,6 @@ class GenerativeAdapterConfig:
             raise UsageError(f"scale is {self.scale!r}; it must be a positive number.")
         if not 0 <= self.tolerance < 1:
             raise UsageError(f"tolerance is {self.tolerance!r}; it must lie in [0, 1).")
-        offsets = self.key_offsets
-        if not offsets or any(isinstance(o, bool) or not isinstance(o, int) for o in offsets):
-            raise UsageError(f"key_offsets is {offsets!r}; it must be a list of whole numbers, such as [-1, 0].")
-        if len(set(offsets)) != len(offsets):
-            raise UsageError(f"key_offsets is {offsets!r}; give every offset once.")
         for name, choices in (("mode", get_args(Mode)), ("normalization", get_args(Normalization))):
             if getattr(self, name) not in choices:
                 raise UsageError(unknown_name(name, str(getattr(self, name)), choices))

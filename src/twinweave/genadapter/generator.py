@@ -29,8 +29,7 @@ class Generator(nn.Module):
         self.config = config
         size = config.state_size
         self.norm = nn.Parameter(torch.ones(hidden_size))
-        offsets = len(config.key_offsets)
-        self.key = nn.Parameter(_kaiming(offsets * size, hidden_size).view(offsets, size, hidden_size) / offsets**0.5)
+        self.key = nn.Parameter(_kaiming(size, hidden_size))
         self.topic = nn.Parameter(_kaiming(size, hidden_size)) if config.topic_key else None
         self.gate = nn.Parameter(torch.zeros(hidden_size + 1)) if config.token_gate else None
         self.value = nn.Parameter(_kaiming(size, hidden_size))
@@ -39,23 +38,27 @@ class Generator(nn.Module):
 
     def sums(self, hidden: Tensor, mask: Tensor) -> Tensor:
         """S of each chunk, [C, d_r, d_r], from the block's inputs `hidden` [C, M, d] and `mask` [C, M] (0: padding)."""
-        states = F.rms_norm(hidden.float(), self.norm.shape, self.norm, _EPS) * mask[..., None]
-        keys = sum(_shifted(states, o) @ key.T for o, key in zip(self.config.key_offsets, self.key, strict=True))
-        shares = mask[..., None].float()
-        if self.topic is not None:
-            keys = keys + (states.sum(1, keepdim=True) / shares.sum(1, keepdim=True).clamp_min(1)) @ self.topic.T
-        if self.gate is not None:
-            shares = shares * (states @ self.gate[:-1, None] + self.gate[-1]).sigmoid()
-        return (keys * shares).mT @ (states @ self.value.T)
+        # what a base makes of padding may not even be a number; a zero stays zero through the norm
+        hidden = hidden.float().masked_fill(mask[..., None] == 0, 0.0)
+        with _full_precision(hidden):
+            states = F.rms_norm(hidden, self.norm.shape, self.norm, _EPS)
+            keys, values = states @ self.key.T, states @ self.value.T
+            if self.topic is not None:
+                topics = states.sum(1, keepdim=True) / mask.sum(1)[:, None, None].clamp_min(1)
+                keys = keys + topics @ self.topic.T
+            if self.gate is not None:
+                values = values * (states @ self.gate[:-1, None] + self.gate[-1]).sigmoid()
+            return keys.mT @ values
 
     def normalized(self, sums: Tensor) -> Tensor:
         """norm(S), shape of `sums` [..., d_r, d_r]: by an iteration with a gradient in training, exactly otherwise."""
-        if self.config.normalization == "frobenius":
-            return frobenius(sums)
-        if self.training:
-            return newton_schulz(sums, self.config.newton_schulz_steps)
-        u, v = orthogonal_factors(sums, self.config.rank, self.config.tolerance)
-        return u @ v.mT
+        with _full_precision(sums):
+            if self.config.normalization == "frobenius":
+                return frobenius(sums)
+            if self.training:
+                return newton_schulz(sums, self.config.newton_schulz_steps)
+            u, v = orthogonal_factors(sums, self.config.rank, self.config.tolerance)
+            return u @ v.mT
 
     def lora(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         """The weight change of S as a LoRA pair of scaling 1: A [..., r, in], B [..., out, r], for inference."""
@@ -72,11 +75,15 @@ class Generator(nn.Module):
         return self.config.scale * ((x.float() @ self.query.T) @ normalized) @ self.output.T
 
 
-def _shifted(states: Tensor, offset: int) -> Tensor:
-    """At each place of [C, M, d] the state `offset` places behind it; 0 where there is none."""
-    length = states.shape[1]
-    behind, before = min(max(offset, 0), length), min(max(-offset, 0), length)
-    return F.pad(states[:, behind : length - before], (0, 0, before, behind))
+def gathered(reads: Tensor, sums: Tensor) -> Tensor:
+    """The sums of each state, [Q, n, n], from `reads` [Q, C] and those of each chunk, [C, n, n]."""
+    with _full_precision(sums):
+        return torch.einsum("qc,cij->qij", reads, sums)
+
+
+def _full_precision(tensor: Tensor) -> torch.autocast:
+    """Where autocast does nothing: a sum over a long text in bfloat16 would stop growing."""
+    return torch.autocast(tensor.device.type, enabled=False)
 
 
 def _kaiming(rows: int, columns: int) -> Tensor:

@@ -22,7 +22,7 @@ from ..errors import BaseMismatchError, UnsupportedModelError, UsageError
 from ..fingerprint import fingerprint
 from . import saving
 from .config import GenerativeAdapterConfig
-from .generator import Generator
+from .generator import Generator, gathered
 from .passes import attach, listening, remove
 from .state import AdapterState, fixed_point
 from .targets import find_targets
@@ -306,14 +306,14 @@ class GenerativeAdapter(nn.Module):
                 for index in self._of_block[block]:  # a block that is called twice has read twice
                     sums[index] = sums[index] + self._generators[index].sums(states.detach(), mask)
 
-        with listening(list(self._of_block), len(ids), listener), torch.no_grad():
+        with listening(self.targets, ids.shape, listener), torch.no_grad():
             _decoder(self.base)(input_ids=ids, attention_mask=mask, use_cache=False)
         return sums
 
     def _sums_of(self, ids: Tensor, mask: Tensor, reads: Tensor) -> list[Tensor]:
         """S of each state in each layer, [Q, d_r, d_r]."""
         if self.settings.mode == "parallel":
-            return [torch.einsum("qc,cij->qij", reads, s) for s in self._chunk_sums(ids, mask)]
+            return [gathered(reads, s) for s in self._chunk_sums(ids, mask)]
         total: list[Any] = [0.0] * len(self.targets)
         for column in range(len(ids)):
             # a chunk is read once for each different past; what it is read with gets no gradient through the reading

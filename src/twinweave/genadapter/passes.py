@@ -8,31 +8,37 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import UnsupportedModelError, UsageError
-from .targets import Target, first_states
+from .targets import Source, Target, in_rows
 
 Listener = Callable[[nn.Module, Tensor], None]
 Change = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def listening(blocks: Sequence[nn.Module], rows: int, listener: Listener) -> Iterator[None]:
-    """Call `listener(block, states)` with the input [rows, T, d] of each block, at every call of it."""
+def listening(targets: Sequence[Target], shape: torch.Size, listener: Listener) -> Iterator[None]:
+    """Call `listener(block, states)` with the states [*shape, d] of each target's block, at every call of it."""
 
-    def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        states = first_states(args, kwargs)
-        if states is None or states.shape[0] != rows:
-            found = None if states is None else list(states.shape)
-            raise UnsupportedModelError(
-                f"A {type(block).__name__} is given {found} where states of {rows} rows were expected, so what it "
-                "reads cannot be told apart by row. This model cannot carry a generated adapter."
-            )
-        listener(block, states)
+    def hook_of(source: Source) -> Callable[..., None]:
+        def hook(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            states = source.states(args, kwargs)
+            if states.shape[:2] != shape:
+                raise UnsupportedModelError(
+                    f"A {type(block).__name__} is given {list(states.shape)} where states of {list(shape)} tokens were "
+                    "expected, so what it reads cannot be told apart by token. This model cannot carry a generated "
+                    "adapter."
+                )
+            listener(block, states)
 
-    handles = [block.register_forward_pre_hook(hook, with_kwargs=True) for block in blocks]
+        return hook
+
+    handles = [
+        block.register_forward_pre_hook(hook_of(source), with_kwargs=True) for block, source in _sources(targets)
+    ]
     try:
         yield
     finally:
@@ -40,31 +46,53 @@ def listening(blocks: Sequence[nn.Module], rows: int, listener: Listener) -> Ite
 
 
 def attach(targets: Sequence[Target], changes: Sequence[Change], states: int) -> list[RemovableHandle]:
-    """Add `change(x)` to the output of each target until the handles are removed.
+    """Add `change(x)` to the output of each target until the handles are removed. It is computed in float32.
 
     `change` maps inputs [states, N, in] to [states, N, out]. The rows of a batch belong to the states in turn, equally
     many neighbours to each, as beams and samples of a row are neighbours in `generate`.
     """
+    shapes: dict[nn.Module, tuple[int, int]] = {}  # rows and tokens that a block is working on
 
-    def hook_of(change: Change) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            x = args[0]
-            if states == 1:
-                added = change(x.reshape(1, -1, x.shape[-1]))
-            elif x.shape[0] % states:
+    def enter_of(source: Source) -> Callable[..., None]:
+        def enter(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rows, tokens = source.states(args, kwargs).shape[:2]
+            if rows % states:
                 raise UsageError(
-                    f"A batch of {x.shape[0]} rows cannot be shared out among {states} adapters. Give as many rows as "
+                    f"A batch of {rows} rows cannot be shared out among {states} adapters. Give as many rows as "
                     "states, or a multiple."
                 )
-            else:
+            shapes[block] = rows, tokens
+
+        return enter
+
+    def hook_of(target: Target, change: Change) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            x = args[0]
+            if states > 1 and not (target.by_row and in_rows(x.shape, *shapes[target.block])):
+                raise UnsupportedModelError(
+                    f"{target.name} is given {list(x.shape)}, which does not say the row of each token, so {states} "
+                    "states cannot be answered from in one batch. Answer from one at a time."
+                )
+            with torch.autocast(x.device.type, enabled=False):
                 added = change(x.reshape(states, -1, x.shape[-1]))
             return output + added.view(output.shape).to(output.dtype)
 
         return hook
 
-    return [
-        target.module.register_forward_hook(hook_of(change)) for target, change in zip(targets, changes, strict=True)
+    handles = [
+        target.module.register_forward_hook(hook_of(target, change))
+        for target, change in zip(targets, changes, strict=True)
     ]
+    if states > 1:
+        handles += [
+            block.register_forward_pre_hook(enter_of(source), with_kwargs=True) for block, source in _sources(targets)
+        ]
+    return handles
+
+
+def _sources(targets: Sequence[Target]) -> list[tuple[nn.Module, Source]]:
+    """Each block once, and where it is given its states."""
+    return list({target.block: target.source for target in targets}.items())
 
 
 def remove(handles: list[RemovableHandle]) -> None:
