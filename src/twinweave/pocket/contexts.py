@@ -1,6 +1,6 @@
 """Contexts to read with questions about them: rows {context, prompt, completion}, the context a list of documents.
 
-To train on: strangers, with 1 to 32 documents in a context. To test on: document people, of whom no training tells.
+To train on: strangers, with 1 to 16 documents in a context. To test on: document people, of whom no training tells.
 Knows nothing about tokens or models.
 """
 
@@ -11,7 +11,7 @@ from twinweave.pocket import language
 from twinweave.pocket.world import RELATIONS, Person, World
 
 CONTEXTS = 4000
-DOCUMENTS = (1, 2, 4, 8, 16, 32)
+DOCUMENTS = (1, 2, 4, 8, 16)
 FEWEST_QUESTIONS, MOST_QUESTIONS = 8, 16
 
 
