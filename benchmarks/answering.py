@@ -7,6 +7,7 @@ neither the base nor the readers have ever met: docs/genadapter-results.md.
 
 import argparse
 import random
+import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -172,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=FOLDER / "pocket.json")
     args = parser.parse_args(argv)
     if args.readers:
-        args.kind, args.device, args.argv = "answering", "cpu", [str(a) for a in (argv or [])] or None
+        args.kind, args.device, args.argv = "answering", "cpu", list(sys.argv[1:] if argv is None else argv)
         torch.set_num_threads(args.threads)
         made = provenance(args)
         seeds = []

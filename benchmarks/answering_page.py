@@ -27,8 +27,8 @@ COST = """## What it costs, at {documents} documents
 
 Per document once, and per question. Floating-point operations are torch's count of multiplications and additions; the
 decomposition of the reader's matrices is not among them, but its time is. `kept` is what has to be stored of all
-{documents} documents: the cache of the prompt, the texts, or the adapter in float32. A prompt whose cache is kept spends
-on a question what `nothing` does, and the attention to it."""
+{documents} documents: the cache of the prompt, the texts, or the adapter in float32. A prompt whose cache is kept
+spends on a question what `nothing` does, and the attention to it."""
 
 KEPT = """## What is left of the base's own knowledge
 

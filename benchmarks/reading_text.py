@@ -1,0 +1,125 @@
+"""Real English: what a generated adapter is worth for saying a text again and for going on with it, against nothing
+read and against the text in the prompt. It needs a base and text that are not shipped: docs/genadapter.md.
+
+    python -m benchmarks.reading_text prepare --wiki WIKI.jsonl --ropes TRAIN.jsonl --out FOLDER
+    twinweave train recipes/genadapter/small-en.yaml base=BASE train.data=FOLDER/train.jsonl output=RUN
+    python -m benchmarks.reading_text score RUN/best --base BASE --text FOLDER/test.jsonl
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from twinweave import GenerativeAdapter
+from twinweave.evaluation.statistics import bootstrap_ci95
+from twinweave.files import write_json_atomic, write_text_atomic
+from twinweave.genadapter.text import chunks_of
+from twinweave.progress import say, track
+
+from .measure import provenance
+
+RESULT = Path(__file__).parent / "reading-text" / "small-en.json"
+TESTED = 5  # every so many articles of Wikipedia is kept for the test
+SHORTEST = 16  # tokens of a chunk that is scored
+Key = tuple[str, int, str]
+
+
+def prepare(args: Any) -> None:
+    """Wikipedia and the articles of ROPES as rows {text}; every fifth text of Wikipedia is for the test alone."""
+    lines = args.wiki.read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines if line.strip()]
+    articles: dict[str, None] = {}
+    for line in args.ropes.read_text(encoding="utf-8").splitlines():
+        found = re.search(r"Article: (.*?)\n", json.loads(line)["prompt"], re.DOTALL)
+        if found:
+            articles[found.group(1)] = None
+    train = [text for index, text in enumerate(texts) if index % TESTED] + list(articles)
+    for name, rows in (("train", train), ("test", texts[::TESTED])):
+        write_text_atomic(args.out / f"{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in rows))
+        say(f"{args.out / name}.jsonl: {len(rows)} texts, {sum(map(len, rows)):,} characters")
+
+
+@torch.no_grad()
+def loss(model: Any, before: Sequence[int], said: Sequence[int]) -> float:
+    """Nats per token of `said`, but for its first, behind `before`."""
+    ids = torch.tensor([[*before, *said]])
+    logits = model(input_ids=ids).logits[0, len(before) : -1].float()
+    return float(cross_entropy(logits, torch.tensor(said[1:])))
+
+
+def losses_of(text: str, reader: GenerativeAdapter, most: int) -> dict[Key, float]:
+    """Mean loss in nats per token of the chunk that was read last, and of the one behind it, after 1 to `most` chunks:
+    (what is said, chunks read, how they were read) -> loss."""
+    found: dict[Key, float] = {}
+    chunks = [ids for ids, _ in chunks_of([text], reader.tokenizer, reader.chunk_size)]
+    state, read = reader.empty_state(), list[int]()
+    for number in range(1, min(len(chunks), most + 1)):
+        state = state + reader.read_ids([chunks[number - 1]])
+        read += chunks[number - 1][1 if read else 0 :]
+        for kind, said in (("reconstruction", chunks[number - 1]), ("completion", chunks[number])):
+            if len(said) < SHORTEST:
+                continue
+            with reader.adapted(state):
+                found[kind, number, "adapter"] = loss(reader.base, [], said)
+            found[kind, number, "nothing"] = loss(reader.base, [], said)
+            found[kind, number, "prompt"] = loss(reader.base, read, said)
+    return found
+
+
+def score(args: Any) -> None:
+    """The losses over all texts, with bootstrap intervals."""
+    torch.set_num_threads(args.threads)
+    tokenizer = AutoTokenizer.from_pretrained(args.base)
+    base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
+    reader = GenerativeAdapter.from_pretrained(args.reader, base, tokenizer=tokenizer)
+    losses: dict[Key, list[float]] = {}
+    for line in track(args.text.read_text(encoding="utf-8").splitlines(), "scoring"):
+        for key, value in losses_of(json.loads(line)["text"], reader, args.chunks).items():
+            losses.setdefault(key, []).append(value)
+    rows = []
+    for (kind, number, way), values in sorted(losses.items()):
+        gains = [value - bare for value, bare in zip(values, losses[kind, number, "nothing"], strict=True)]
+        row = {"kind": kind, "chunks": number, "way": way, "texts": len(values)}
+        row |= {"loss": mean(values), "ci95": bootstrap_ci95(values, seed=0)}
+        row |= {"against_nothing": mean(gains), "against_nothing_ci95": bootstrap_ci95(gains, seed=0)}
+        rows.append(row)
+        say(
+            f"{kind}, {number} chunks, {way}: {row['loss']:.3f} nats ({row['against_nothing']:+.3f}), {len(values)} texts"
+        )
+    args.kind, args.device, args.argv = "reading_text", "cpu", args.given
+    write_json_atomic(args.out, {"schema": 1, "provenance": provenance(args), "rows": rows})
+    say(f"Written to {args.out}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reading_text", description=__doc__)
+    commands = parser.add_subparsers(required=True)
+    first = commands.add_parser("prepare")
+    first.set_defaults(run=prepare)
+    first.add_argument("--wiki", type=Path, required=True)
+    first.add_argument("--ropes", type=Path, required=True)
+    first.add_argument("--out", type=Path, required=True)
+    second = commands.add_parser("score")
+    second.set_defaults(run=score)
+    second.add_argument("reader", type=Path)
+    second.add_argument("--base", type=Path, required=True)
+    second.add_argument("--text", type=Path, required=True)
+    second.add_argument("--chunks", type=int, default=3, help="the most that are read")
+    second.add_argument("--threads", type=int, default=2)
+    second.add_argument("--out", type=Path, default=RESULT)
+    args = parser.parse_args(argv)
+    args.given = list(sys.argv[1:] if argv is None else argv)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
