@@ -92,9 +92,8 @@ def score(args: Any) -> None:
         row |= {"loss": mean(values), "ci95": bootstrap_ci95(values, seed=0)}
         row |= {"against_nothing": mean(gains), "against_nothing_ci95": bootstrap_ci95(gains, seed=0)}
         rows.append(row)
-        say(
-            f"{kind}, {number} chunks, {way}: {row['loss']:.3f} nats ({row['against_nothing']:+.3f}), {len(values)} texts"
-        )
+        gain = f"{row['loss']:.3f} nats ({row['against_nothing']:+.3f})"
+        say(f"{kind}, {number} chunks, {way}: {gain}, {len(values)} texts")
     args.kind, args.device, args.argv = "reading_text", "cpu", args.given
     write_json_atomic(args.out, {"schema": 1, "provenance": provenance(args), "rows": rows})
     say(f"Written to {args.out}")
