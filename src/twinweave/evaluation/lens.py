@@ -25,7 +25,7 @@ _UNFINISHED = "\ufffd"  # what decoders put where the bytes of a character are n
 
 def has_lens(model: PeftModel) -> bool:
     """Whether the model decides token by token between two memories: IMSM, and SLIM."""
-    return isinstance(model, IMSMModel) or isinstance(model.base_model, SlimModel)
+    return isinstance(model, IMSMModel) or isinstance(getattr(model, "base_model", None), SlimModel)
 
 
 def read_lens(
