@@ -52,7 +52,8 @@ def evaluate(
         if limit is not None:
             tasks = [t.model_copy(update={"limit": min(limit, t.limit or limit)}) for t in tasks]
         with dialled(model, memory, retention):
-            scores = evaluate_tasks(model, tokenizer, tasks, batch_size=batch_size or recipe.evaluation.batch_size)
+            size = batch_size or recipe.evaluation.batch_size
+            scores = evaluate_tasks(model, tokenizer, tasks, batch_size=size, read=recipe.documents())
         out.print(_table(scores))
         scored |= {name: {"metrics": score.metrics, "count": score.count} for name, score in scores.items()}
     if json is not None:

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from peft import PeftModel
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -17,7 +16,7 @@ from ..compare.store import RESULTS_NAME, read_results
 from ..errors import BaseMismatchError, DamagedFileError, UsageError
 from ..fingerprint import fingerprint
 from ..genadapter import GenerativeAdapter
-from ..genadapter.saving import CONFIG_NAME as GENERATOR_CONFIG
+from ..genadapter.saving import CONFIG_NAME
 from ..imsm import IMSMModel
 from ..methods import load_plain
 from ..processes import is_first
@@ -56,7 +55,7 @@ def locate(run: Path) -> tuple[Path, Path]:
     return folder, owner
 
 
-def open_run(run: Path, base: str | None = None) -> tuple[PeftModel, PreTrainedTokenizerBase, Recipe]:
+def open_run(run: Path, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase, Recipe]:
     """The trained model of a run, its tokenizer, and the recipe it came from."""
     folder, owner = locate(run)
     results = read_results(owner)
@@ -64,6 +63,8 @@ def open_run(run: Path, base: str | None = None) -> tuple[PeftModel, PreTrainedT
     if base is not None:
         recipe.base.name = base
     tokenizer, model = load_tokenizer(recipe.base), load_base(recipe.base)
+    if (folder / CONFIG_NAME).is_file():
+        return GenerativeAdapter.from_pretrained(str(folder), model, tokenizer=tokenizer), tokenizer, recipe
     if (folder / "imsm_config.json").is_file():
         return IMSMModel.from_pretrained(str(folder), model), tokenizer, recipe
     trained_on, found = results["base"]["fingerprint"], str(fingerprint(model))
@@ -84,10 +85,10 @@ def open_reader(where: str, base: str | None = None, dtype: str = "float32") -> 
     shipped = where == "pocket"
     run = pocket.reader_dir() if shipped else Path(where)
     folders = [run, run / "best", *sorted(run.glob("cells/*/best"))]
-    folder = next((folder for folder in folders if (folder / GENERATOR_CONFIG).is_file()), None)
+    folder = next((folder for folder in folders if (folder / CONFIG_NAME).is_file()), None)
     if folder is None:
         raise UsageError(
-            f"There is no generator of adapters in {where} ({GENERATOR_CONFIG} is missing). Give the folder of one, of "
+            f"There is no generator of adapters in {where} ({CONFIG_NAME} is missing). Give the folder of one, of "
             "a run that trained one, or pocket."
         )
     if shipped and base is None:

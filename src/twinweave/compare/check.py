@@ -1,6 +1,6 @@
 """Checking a recipe against the world before anything is trained: does the base load, do the rows encode?"""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -30,25 +30,28 @@ _READ_WHOLE_WEIGHTS = ("peft_osf", "peft_corda", "peft_l2", "peft_ewc")
 def check_recipe(recipe: Recipe) -> list[tuple[str, str]]:
     """(part, what was found) for each part of the recipe. Raises the error that a run would end with."""
     tokenizer = load_tokenizer(recipe.base)
-    data = load_training_data(recipe, tokenizer, recipe.seeds[0])
     methods = [get_method(name) for name in dict.fromkeys((recipe.method, *recipe.methods))]
+    kinds = dict.fromkeys(method.reads for method in methods if method.build is not None)
+    data = {reads: load_training_data(recipe, tokenizer, recipe.seeds[0], reads=reads) for reads in kinds}
     return check_run(recipe, methods, data)
 
 
-def check_run(recipe: Recipe, methods: Sequence[Method], data: TrainingData) -> list[tuple[str, str]]:
-    """As `check_recipe`, for these methods and rows that are encoded already."""
-    steps, report = total_steps(recipe.training, len(data.train)), data.report
+def check_run(recipe: Recipe, methods: Sequence[Method], data: Mapping[bool, TrainingData]) -> list[tuple[str, str]]:
+    """As `check_recipe`, for these methods and rows that are encoded already, for those that read and those that do
+    not."""
+    steps = {reads: total_steps(recipe.training, len(of_kind.train)) for reads, of_kind in data.items()}
+    report = next(iter(data.values())).report
     rows = [(task, len(_READERS[task.kind](task))) for task in (recipe.target, *recipe.retained)]
     model: Any = load_base(recipe.base)
     check_base(model)
     _check_causal(model)
-    check_adapter(recipe.peft_config(steps))
+    check_adapter(recipe.peft_config(max(steps.values())))
     found = [
         ("base", f"{type(model).__name__}, {model.num_parameters():,} parameters, {_precision(recipe)}"),
         (
             "train",
             f"{report.train_rows:,} rows, {report.validation_rows:,} to validate on, {report.cut_rows:,} cut; "
-            f"{steps:,} steps",
+            f"{' or '.join(f'{count:,}' for count in dict.fromkeys(steps.values()))} steps",
         ),
     ]
     if recipe.rehearsal is not None and any(method.rehearses != "never" for method in methods):
@@ -62,15 +65,18 @@ def check_run(recipe: Recipe, methods: Sequence[Method], data: TrainingData) -> 
                 "method out, or base.quantization."
             )
         if method.build is not None:
-            # the weights of a saved adapter cannot be loaded onto nothing
-            bare = _without_weights(model) if recipe.saved_adapter is None else load_base(recipe.base)
-            built = method.build(bare, recipe.adapter(steps), recipe.settings())
+            # the weights of a saved adapter cannot be loaded onto nothing, and what reads is found by running the base
+            whole = method.reads or recipe.saved_adapter is not None
+            bare = load_base(recipe.base) if whole else _without_weights(model)
+            built = method.build(bare, recipe.adapter(steps[method.reads]), recipe.settings())
             found.append((f"method {method.name}", f"{built.get_nb_trainable_parameters()[0]:,} parameters to train"))
             for dialled in methods:
                 if dialled.dial and dialled.dial.of == method.name and not dialled.guarded:  # no guard is fitted yet
                     with dialled.dial.apply(built, 1.0):
                         pass
     found += [(f"task {task.name}", f"{count:,} rows, {', '.join(task.metrics)}") for task, count in rows]
+    if read := recipe.documents():
+        found.append(("evaluation.read", f"{len(read):,} documents"))
     found += [("warning", warning) for warning in report.warnings]
     free_memory()
     return found

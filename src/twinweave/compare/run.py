@@ -67,11 +67,12 @@ class _Session:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(recipe.base)
         self.tasks: list[Task] = [recipe.target, *recipe.retained]
         self.frozen_folder = run.path / "frozen"  # shared by all IMSM methods and seeds, which have the same rows
-        self._data: dict[int, TrainingData] = {}
+        self._data: dict[tuple[int, bool], TrainingData] = {}
         self._rehearsal: RehearsalRows | None = None
         new = methods if not run.begun else [m for m in methods if m.build is not None and run.lacks(m.name)]
         if new:  # what is wrong is said before time is spent and files are written
-            check_run(recipe, new, self._training_data(recipe.seeds[0]))
+            kinds = dict.fromkeys(method.reads for method in new if method.build is not None)
+            check_run(recipe, new, {reads: self._training_data(recipe.seeds[0], reads) for reads in kinds})
         self.base = run.part("base", self._score_base)
 
     def finish(self, cells: list[dict[str, Any]]) -> dict[str, Any]:
@@ -114,7 +115,7 @@ class _Session:
             self.recipe,
             method,
             seed,
-            self._training_data(seed),
+            self._training_data(seed, method.reads),
             self.tokenizer,
             folder,
             setting=setting,
@@ -163,7 +164,13 @@ class _Session:
         }
 
     def _scores(self, model: Any) -> dict[str, Any]:
-        scores = evaluate_tasks(model, self.tokenizer, self.tasks, batch_size=self.recipe.evaluation.batch_size)
+        scores = evaluate_tasks(
+            model,
+            self.tokenizer,
+            self.tasks,
+            batch_size=self.recipe.evaluation.batch_size,
+            read=self.recipe.documents(),
+        )
         target = self.recipe.target.name
         return {
             "target": {target: scores[target].metrics},
@@ -176,13 +183,14 @@ class _Session:
         base: PreTrainedModel = load_base(self.recipe.base)
         return method.load(str(path), base).eval()
 
-    def _training_data(self, seed: int) -> TrainingData:
-        """The same rows for every method of a seed; the seed decides which rows are held out for validation."""
-        if seed not in self._data:
-            data = load_training_data(self.recipe, self.tokenizer, seed)
+    def _training_data(self, seed: int, reads: bool) -> TrainingData:
+        """The same rows for every method of a seed, with their contexts apart or not; the seed decides which rows are
+        held out for validation."""
+        if (seed, reads) not in self._data:
+            data = load_training_data(self.recipe, self.tokenizer, seed, reads=reads)
             self._report(data)
-            self._data[seed] = data
-        return self._data[seed]
+            self._data[seed, reads] = data
+        return self._data[seed, reads]
 
     def _rehearsal_rows(self) -> RehearsalRows | None:
         """The same rows for every method and seed; None where the recipe's rehearsal is off."""

@@ -11,7 +11,9 @@ from typing import Any
 
 from ..errors import DamagedFileError, RecipeError
 from ..files import write_json_atomic
+from ..genadapter.saving import CONFIG_NAME, GENERATOR_NAME
 from ..imsm.saving import ADAPTER_NAME, check_adapter_files
+from ..methods import SavedGenerator
 from ..pretrained import local_folder
 from ..processes import is_first, wait_for
 from ..training import Recipe
@@ -35,6 +37,11 @@ class RunFolder:
             folder = local_folder(saved.path, None)
             check_adapter_files(folder)
             self._identity["adapter"] = hashlib.sha256((folder / ADAPTER_NAME).read_bytes()).hexdigest()
+        if isinstance(generator := recipe.settings().generator, SavedGenerator):
+            weights = local_folder(generator.path, None) / GENERATOR_NAME
+            if not weights.is_file():
+                raise DamagedFileError(f"{weights} is missing. Give the folder of a saved generator.")
+            self._identity["generator"] = hashlib.sha256(weights.read_bytes()).hexdigest()
         if self.begun:
             differing = _differing(_read(path / RECIPE_NAME), self._identity)
             if differing:
@@ -101,7 +108,7 @@ def find_model(run: Path) -> Path:
     """The folder of the trained model to use from a run: its best one; from a comparison, the first IMSM one if any."""
     cells = [path for kind in ("imsm-*", "*") for path in sorted((run / "cells").glob(f"{kind}/best"))]
     for candidate in (run, run / "best", *cells):
-        if (candidate / "adapter_config.json").is_file():
+        if any((candidate / name).is_file() for name in ("adapter_config.json", CONFIG_NAME)):
             return candidate
     raise DamagedFileError(f"There is no trained model in {run}. Give a run folder, or a folder with a saved model.")
 
@@ -124,4 +131,6 @@ def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 def _said(value: Any) -> Any:
     """`value` without the settings that are None: runs of earlier versions have no such key."""
+    if isinstance(value, list):
+        return [_said(entry) for entry in value]
     return {k: _said(v) for k, v in value.items() if v is not None} if isinstance(value, dict) else value

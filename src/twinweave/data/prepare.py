@@ -1,10 +1,12 @@
 """From a data source to encoded training and validation sets, with a report on what was found on the way.
 
+Rows with a context are held out by context, so that no text is read in both sets.
+
 Knows nothing about models, trainers or metrics.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 
 import datasets
@@ -66,6 +68,8 @@ def prepare_training_data(
     limit: int | None = None,
     seed: int = 0,
     split: str | None = None,
+    context: str | None = None,
+    make_rows: Callable[[Sequence[Example], Sequence[Encoded]], datasets.Dataset] | None = None,
 ) -> TrainingData:
     """Load, check and encode the rows to train on.
 
@@ -82,20 +86,23 @@ def prepare_training_data(
         limit: use the first rows only.
         seed: of the held-out part.
         split: the split of `source`, "train" by default.
+        context: see `to_example`. Without `make_rows` the documents are put in front of the prompt.
+        make_rows: examples and their encoding -> a data set, in place of one row for each example.
 
     Raises:
         DataError: a row or a source cannot be used; the message names it.
         UnsupportedModelError: the tokenizer cannot end or pad a text.
     """
     check_tokenizer(tokenizer)
-    templates = (prompt_template, completion_template)
+    templates = (prompt_template, completion_template, context)
     examples = _read_examples(source, templates, split=split, limit=limit)
     train, held_out = examples, []
     if validation is not None:
         held_out = _read_examples(validation, templates, split="validation")
     else:
-        train, held_out = _hold_out(examples, validation_fraction, seed)
-    encoded = [_encode_all(part, tokenizer, max_length) for part in (train, held_out)]
+        train, held_out = _hold_out(examples, validation_fraction, seed, [example.documents for example in examples])
+    parts = [part if make_rows is not None else _in_prompt(part) for part in (train, held_out)]
+    encoded = [_encode_all(part, tokenizer, max_length) for part in parts]
     report = DataReport(
         rows=len(examples),
         train_rows=len(train),
@@ -112,23 +119,35 @@ def prepare_training_data(
         _count_common(examples, held_out, "validation", report)
     if test is not None:
         report.common_with_test = _count_common(examples, _test_examples(test, templates, report), "test", report)
-    return TrainingData(_to_dataset(encoded[0]), _to_dataset(encoded[1]), report)
+    rows = [make_rows(*pair) if make_rows else _to_dataset(pair[1]) for pair in zip(parts, encoded, strict=True)]
+    return TrainingData(rows[0], rows[1], report)
+
+
+Templates = tuple[str | None, str | None, str | None]
 
 
 def _read_examples(
-    source: Source, templates: tuple[str | None, str | None], *, split: str | None, limit: int | None = None
+    source: Source, templates: Templates, *, split: str | None, limit: int | None = None
 ) -> list[Example]:
     rows = load_rows(source, split=split, limit=limit)
-    prompt, completion = templates
+    prompt, completion, context = templates
     return [
-        to_example(row, where=f"{source} row {number}", prompt_template=prompt, completion_template=completion)
+        to_example(
+            row,
+            where=f"{source} row {number}",
+            prompt_template=prompt,
+            completion_template=completion,
+            context=context,
+        )
         for number, row in enumerate(rows, start=1)
     ]
 
 
-def _test_examples(
-    test: Source | Sequence[Example], templates: tuple[str | None, str | None], report: DataReport
-) -> Sequence[Example]:
+def _in_prompt(examples: Sequence[Example]) -> list[Example]:
+    return [example.with_documents_in_prompt() for example in examples]
+
+
+def _test_examples(test: Source | Sequence[Example], templates: Templates, report: DataReport) -> Sequence[Example]:
     if not isinstance(test, str | os.PathLike):
         return test
     try:
@@ -139,13 +158,25 @@ def _test_examples(
         return []
 
 
-def _hold_out(examples: list[Example], fraction: float, seed: int) -> tuple[list[Example], list[Example]]:
+def _hold_out(
+    examples: list[Example], fraction: float, seed: int, contexts: Sequence[Hashable] = ()
+) -> tuple[list[Example], list[Example]]:
     if not 0 < fraction < 1:
         raise DataError(f"validation_fraction is {fraction}; it must lie between 0 and 1.")
     if len(examples) < 2:
         raise DataError("One row cannot be split into training and validation. Add rows, or give a validation file.")
-    count = min(LARGEST_SPLIT, max(1, round(len(examples) * fraction)), len(examples) - 1)
-    chosen = set(numpy.random.default_rng(seed).permutation(len(examples))[:count].tolist())
+    groups: dict[Hashable, list[int]] = {}
+    for index, context in enumerate(contexts or range(len(examples))):
+        groups.setdefault(context or index, []).append(index)  # rows without a context stand for themselves
+    if len(groups) < 2:
+        raise DataError("One context cannot be split into training and validation. Give a validation file.")
+    count = min(LARGEST_SPLIT, max(1, round(len(examples) * fraction)))
+    chosen: set[int] = set()
+    together = list(groups.values())
+    for group in numpy.random.default_rng(seed).permutation(len(together))[:-1]:
+        if len(chosen) >= count:
+            break
+        chosen.update(together[group])
     kept = [example for index, example in enumerate(examples) if index not in chosen]
     return kept, [examples[index] for index in sorted(chosen)]
 
@@ -165,7 +196,7 @@ def _to_dataset(rows: Sequence[Encoded]) -> datasets.Dataset:
 def _text_key(example: Example) -> str:
     """The row's text without regard to case and white space."""
     turns = [f"{turn['role']}: {turn.get('content')}" for turn in example.messages]
-    text = " ".join([*turns, example.prompt, example.completion])
+    text = " ".join([*example.documents, *turns, example.prompt, example.completion])
     return " ".join(text.casefold().split())
 
 

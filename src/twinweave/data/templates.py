@@ -4,7 +4,7 @@ Knows nothing about tokens, files or models.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from string import Formatter
 from typing import Any
 
@@ -34,6 +34,18 @@ class Example:
     completion: str = ""
     references: tuple[str, ...] = ()
     messages: tuple[Message, ...] = ()
+    documents: tuple[str, ...] = ()
+    """What is read before the question: the texts of the row's context."""
+
+    def with_documents_in_prompt(self) -> "Example":
+        """The same for a model that reads nothing apart: the documents in front of the prompt, a line each."""
+        if not self.documents:
+            return self
+        if not self.messages:
+            return replace(self, prompt="\n".join([*self.documents, self.prompt]), documents=())
+        first, *others = self.messages
+        content = "\n".join([*self.documents, str(first.get("content") or "")])
+        return replace(self, messages=({**first, "content": content}, *others), documents=())
 
 
 def to_example(
@@ -42,6 +54,7 @@ def to_example(
     where: str,
     prompt_template: str | None = None,
     completion_template: str | None = None,
+    context: str | None = None,
 ) -> Example:
     """Read a row whose columns are prompt/completion, input/output, question/answer, or messages.
 
@@ -53,10 +66,15 @@ def to_example(
         prompt_template: a Python format string over the columns, for example "{question}\\nAnswer:".
         completion_template: the same for the completion. A template that is one column and nothing else, such as
             "{answers}" or "{answers[text]}", keeps a list of aliases.
+        context: what is read before the question: the name of a column, or a format string over the columns. A list
+            of texts in that column is as many documents.
 
     Raises:
         DataError: no prompt or completion, an empty one, an unknown column in a template, or malformed messages.
     """
+    if context is not None:
+        example = to_example(row, where=where, prompt_template=prompt_template, completion_template=completion_template)
+        return replace(example, documents=_documents(context, row, where))
     if prompt_template is None and completion_template is None and row.get("messages") is not None:
         return _chat_example(row["messages"], where)
     prompt_value, completion_value = _pick_columns(row, prompt_template is None, completion_template is None)
@@ -99,6 +117,16 @@ def fill_template(template: str, row: Mapping[str, Any], *, where: str, keep_lis
             f"The template {template!r} does not fit {where}: {type(error).__name__}: {error}. "
             f"The row's columns are: {_filled_columns(row)}."
         ) from error
+
+
+def _documents(context: str, row: Mapping[str, Any], where: str) -> tuple[str, ...]:
+    template = context if template_columns(context) else f"{{{context}}}"
+    value = fill_template(template, row, where=where, keep_list=True)
+    documents = tuple(value) if isinstance(value, list | tuple) else (value,)
+    for document in documents:
+        if not isinstance(document, str) or not document.strip():
+            raise DataError(f"{where} has a context with {document!r:.60} in it; give texts with at least a word.")
+    return documents
 
 
 def template_columns(template: str) -> set[str]:

@@ -17,7 +17,7 @@ from twinweave.evaluation.metrics import (
     token_f1,
 )
 from twinweave.evaluation.retention import forgetting, retained_score
-from twinweave.evaluation.rows import read_examples
+from twinweave.evaluation.rows import read_documents, read_examples
 from twinweave.evaluation.runner import TaskScore, evaluate_task, evaluate_tasks
 from twinweave.evaluation.statistics import bootstrap_ci95, mean_ci95, paired_difference, ratio_ci95
 from twinweave.evaluation.tasks import KNOWN_TASKS, Task, resolve_task
@@ -52,6 +52,7 @@ __all__ = [
     "original_shares",
     "paired_difference",
     "ratio_ci95",
+    "read_documents",
     "read_examples",
     "read_lens",
     "resolve_task",

@@ -1,7 +1,7 @@
 """Greedy answers to many prompts: batched, cached, sorted by length. Knows nothing about tasks or metrics."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from twinweave.data.collator import attention_mask_of, pad_rows
+from twinweave.evaluation.contexts import Contexts
 from twinweave.evaluation.likelihood import Tokens, batches_by_length
 
 
@@ -34,6 +35,7 @@ def generate_texts(
     batch_size: int = 16,
     progress: bool = False,
     description: str = "Generating",
+    contexts: Contexts | None = None,
 ) -> list[str]:
     """The model's greedy answer to each prompt, cut before the first of the `stop` texts, without outer white space.
 
@@ -46,16 +48,18 @@ def generate_texts(
         batch_size: prompts per pass.
         progress: show a bar called `description`.
         description: see `progress`.
+        contexts: what the prompts are answered from, for a model that reads.
     """
     device = next(model.parameters()).device
     settings = greedy_settings(model, tokenizer, max_new_tokens)
     answers = [""] * len(prompts)
-    for batch in batches_by_length([len(prompt) for prompt in prompts], batch_size, description, progress):
+    lengths = [len(prompt) for prompt in prompts]
+    for batch in batches_by_length(lengths, batch_size, description, progress, contexts):
         ids = [prompts[index] for index in batch]
         input_ids = pad_rows(ids, settings.pad_token_id, side="left").to(device)
         length = input_ids.shape[1]
         criteria = [_StopTexts(tokenizer, stop, length)] if stop else []
-        with no_own_settings(model):
+        with nullcontext() if contexts is None else contexts.adapted(batch), no_own_settings(model):
             output = model.generate(
                 input_ids=input_ids,
                 attention_mask=attention_mask_of(ids, side="left").to(device),

@@ -23,7 +23,7 @@ _MOST_TOKENS = 48
 _UNFINISHED = "\ufffd"  # what decoders put where the bytes of a character are not all there
 
 
-def has_lens(model: PeftModel) -> bool:
+def has_lens(model: Any) -> bool:
     """Whether the model decides token by token between two memories: IMSM, and SLIM."""
     return isinstance(model, IMSMModel) or isinstance(getattr(model, "base_model", None), SlimModel)
 
@@ -47,7 +47,7 @@ def read_lens(
 
 
 def _read_one(model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, row: int) -> dict[str, Any] | None:
-    examples = read_examples(task.model_copy(update={"limit": row + 1}))
+    examples = [e.with_documents_in_prompt() for e in read_examples(task.model_copy(update={"limit": row + 1}))]
     if len(examples) <= row:
         return None
     example = examples[row]

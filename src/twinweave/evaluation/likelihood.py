@@ -4,6 +4,7 @@ Knows nothing about tasks, texts or metrics.
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from twinweave.data.collator import IGNORED_LABEL, attention_mask_of, pad_rows
 from twinweave.errors import TrainingError
+from twinweave.evaluation.contexts import Contexts
 from twinweave.progress import track
 
 Tokens = list[int]
@@ -32,9 +34,13 @@ def forward_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, prompt
     return logits[:, -input_ids.shape[1] :]
 
 
-def batches_by_length(lengths: Sequence[int], batch_size: int, description: str, progress: bool) -> Iterable[list[int]]:
-    """The indexes of rows in batches of similar length, longest first, so that a lack of memory shows at once."""
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+def batches_by_length(
+    lengths: Sequence[int], batch_size: int, description: str, progress: bool, contexts: Contexts | None = None
+) -> Iterable[list[int]]:
+    """The indexes of rows in batches of similar length, longest first, so that a lack of memory shows at once; with
+    `contexts` in batches of neighbours that share theirs."""
+    places = [0] * len(lengths) if contexts is None else contexts.places
+    order = sorted(range(len(lengths)), key=lambda index: (places[index], -lengths[index]))
     batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     return track(batches, description) if progress else batches
 
@@ -48,6 +54,7 @@ def log_likelihoods(
     with_prompt: bool,
     progress: bool = False,
     description: str = "Scoring",
+    contexts: Contexts | None = None,
 ) -> list[Tensor]:
     """For each row the log-probabilities (nats, fp32, on the CPU) of its labelled tokens, in order.
 
@@ -61,18 +68,20 @@ def log_likelihoods(
         with_prompt: the tokens before the first label are a prompt (see `forward_logits`).
         progress: show a bar called `description`.
         description: see `progress`.
+        contexts: what the rows are answered from, for a model that reads.
 
     Raises:
         TrainingError: a log-probability is not a number.
     """
     device = next(model.parameters()).device
     results: list[Tensor] = [torch.empty(0)] * len(rows)
-    for batch in batches_by_length([len(ids) for ids, _ in rows], batch_size, description, progress):
+    for batch in batches_by_length([len(ids) for ids, _ in rows], batch_size, description, progress, contexts):
         ids = [rows[index][0] for index in batch]
         labels = pad_rows([rows[index][1] for index in batch], IGNORED_LABEL).to(device)
         mask = attention_mask_of(ids).to(device)
         prompt_mask = (labels != IGNORED_LABEL).cumsum(dim=1).eq(0) & mask.bool() if with_prompt else None
-        logits = forward_logits(model, pad_rows(ids, pad_id).to(device), mask, prompt_mask)
+        with nullcontext() if contexts is None else contexts.adapted(batch):
+            logits = forward_logits(model, pad_rows(ids, pad_id).to(device), mask, prompt_mask)
         for row, index in enumerate(batch):
             scored = (labels[row, 1:] != IGNORED_LABEL).nonzero()[:, 0]  # positions whose next token is scored
             targets = labels[row, scored + 1]

@@ -95,6 +95,13 @@ def read_texts(task: Task) -> list[tuple[str, str]]:
     return filled
 
 
+def read_documents(source: str, limit: int | None = None) -> list[str]:
+    """The `text` column of the first rows of a source, blank ones left out. Raises DataError."""
+    rows = enumerate(load_rows(source, limit=limit), start=1)
+    texts = [str(fill_template("{text}", row, where=f"{source} row {number}")) for number, row in rows]
+    return [text for text in texts if text.strip()]
+
+
 def choice_index(value: Any, choices: Sequence[str], where: str) -> int:
     """Which choice a label means: a choice's text, else its index (from 0), else its letter (from A).
 
@@ -132,7 +139,7 @@ def _to_example(task: Task, row: Row, where: str) -> Example:
     # The table's own templates are for the data as published. Rows that hold whole prompts already are used as they
     # are; a template that a user wrote must fit.
     if prompt in _KNOWN_PROMPTS and any(row.get(column) is None for column in named):
-        return to_example(row, where=where)
+        return to_example(row, where=where, context=task.context)
     if label is not None:
         if row.get(label) is None:
             raise DataError(f"{where} has no column '{label}', which the task '{task.name}' names as its answer.")
@@ -141,7 +148,7 @@ def _to_example(task: Task, row: Row, where: str) -> Example:
             choices = _choices_of(task, row, where)
             value = choices[choice_index(value, choices, where)]
         row, completion = {**row, "completion": value}, "{completion}"
-    return to_example(row, where=where, prompt_template=prompt, completion_template=completion)
+    return to_example(row, where=where, prompt_template=prompt, completion_template=completion, context=task.context)
 
 
 def _to_choices(task: Task, row: Row, where: str) -> Choices:

@@ -1,7 +1,7 @@
 """Scoring a model on tasks. Knows nothing about training, methods or reports."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from twinweave.data.collator import IGNORED_LABEL
 from twinweave.data.encode import check_tokenizer, encode_example, encode_prompt, join_completion, text_ids
 from twinweave.data.templates import Example
 from twinweave.errors import DataError, UsageError
+from twinweave.evaluation.contexts import Contexts, can_read, read_all
 from twinweave.evaluation.generate import generate_texts
 from twinweave.evaluation.likelihood import LabelledRow, Tokens, log_likelihoods
 from twinweave.evaluation.metrics import score_texts
@@ -58,7 +59,9 @@ class _Run:
     batch_size: int
     progress: bool
 
-    def log_likelihoods(self, rows: Sequence[LabelledRow], *, with_prompt: bool) -> list[torch.Tensor]:
+    def log_likelihoods(
+        self, rows: Sequence[LabelledRow], *, with_prompt: bool, contexts: Contexts | None = None
+    ) -> list[torch.Tensor]:
         return log_likelihoods(
             self.model,
             rows,
@@ -67,6 +70,7 @@ class _Run:
             with_prompt=with_prompt,
             progress=self.progress,
             description=self.task.name,
+            contexts=contexts,
         )
 
 
@@ -79,6 +83,9 @@ def evaluate_task(
     progress: bool = True,
 ) -> TaskScore:
     """Score a causal language model of transformers, adapted or not, on one task; its training flags are restored.
+
+    A GenerativeAdapter reads each context of a task that has them, and answers from it; for any other model the context
+    stands in front of the prompt.
 
     Raises:
         DataError: the task's rows cannot be read or do not fit the window.
@@ -105,8 +112,11 @@ def evaluate_tasks(
     *,
     batch_size: int = 16,
     progress: bool = True,
+    read: Sequence[str] = (),
 ) -> dict[str, TaskScore]:
     """Score a model on several tasks; task name -> score. See `evaluate_task`.
+
+    `read`: texts that a model which reads has read when it is asked what has no context of its own.
 
     Raises:
         UsageError: two tasks have the same name (and what `evaluate_task` raises).
@@ -115,9 +125,13 @@ def evaluate_tasks(
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise UsageError(f"Two tasks are called '{twice[0]}'. Give one of them another `name`.")
-    return {
-        task.name: evaluate_task(model, tokenizer, task, batch_size=batch_size, progress=progress) for task in tasks
-    }
+    with _evaluating(model):
+        state = read_all(model, read) if read and can_read(model) else None
+    scores = {}
+    for task in tasks:
+        with nullcontext() if state is None or task.context is not None else model.adapted(state):
+            scores[task.name] = evaluate_task(model, tokenizer, task, batch_size=batch_size, progress=progress)
+    return scores
 
 
 @contextmanager
@@ -146,7 +160,7 @@ def _generation(run: _Run) -> TaskScore:
             f"Task '{task.name}' asks for {task.max_new_tokens} new tokens in a window of {run.window}, which leaves "
             "no room for the prompt. Lower max_new_tokens."
         )
-    examples = read_examples(task)
+    examples, contexts = _examples_of(run)
     encoded = [
         encode_prompt(_prompt_of(example), run.tokenizer, max_length=room, where=example.where) for example in examples
     ]
@@ -159,6 +173,7 @@ def _generation(run: _Run) -> TaskScore:
         batch_size=run.batch_size,
         progress=run.progress,
         description=task.name,
+        contexts=contexts,
     )
     references = [example.references for example in examples]
     scores = {name: score_texts(name, predictions, references) for name in task.metrics}
@@ -225,9 +240,19 @@ def _text_loss(run: _Run) -> TaskScore:
 
 def _completion_loss(run: _Run) -> TaskScore:
     """Total nats by total tokens of the completions and their end of text."""
-    encoded = [encode_example(example, run.tokenizer, max_length=run.window) for example in read_examples(run.task)]
-    scores = run.log_likelihoods([(row.input_ids, row.labels) for row in encoded], with_prompt=True)
+    examples, contexts = _examples_of(run)
+    encoded = [encode_example(example, run.tokenizer, max_length=run.window) for example in examples]
+    rows = [(row.input_ids, row.labels) for row in encoded]
+    scores = run.log_likelihoods(rows, with_prompt=True, contexts=contexts)
     return TaskScore(run.task, {"loss": _mean_loss(scores)}, len(encoded), sum(row.cut for row in encoded))
+
+
+def _examples_of(run: _Run) -> tuple[list[Example], Contexts | None]:
+    """The task's examples, and what they are answered from where the model reads that by itself."""
+    examples = read_examples(run.task)
+    if run.task.context is not None and can_read(run.model):
+        return examples, Contexts(run.model, [example.documents for example in examples])
+    return [example.with_documents_in_prompt() for example in examples], None
 
 
 def _with_context(run: _Run, text: str) -> Tokens:

@@ -39,6 +39,9 @@ class Task(BaseModel):
     """Format string over the columns; without it the prompt, input or question column."""
     completion: str | None = None
     """Format string over the columns; without it the completion, output or answer column."""
+    context: str | None = None
+    """What is read before the question: a column (a text, or a list of several), or a format string over the columns.
+    A model that does not read gets it in front of the prompt. For generation and completion_loss."""
     text: str | None = None
     """text_loss only: format string over the columns, "{text}" by default."""
     choices: str | list[str] | None = None
@@ -69,6 +72,8 @@ class Task(BaseModel):
             raise ValueError("a multiple_choice task needs both `choices` and `answer`")
         if self.kind != "multiple_choice" and isinstance(self.choices, list) and self.answer is None:
             raise ValueError("`choices` needs `answer`, the column that says which choice is right")
+        if self.context is not None and self.kind not in ("generation", "completion_loss"):
+            raise ValueError(f"`context` is for generation and completion_loss tasks, not for {self.kind}")
         if any(not stop for stop in self.stop):
             raise ValueError("`stop` holds an empty text, which would cut everything")
         return self

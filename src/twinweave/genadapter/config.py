@@ -38,6 +38,14 @@ class GenerativeAdapterConfig:
     each with a projection of its own, as in a short convolution. [0], the token itself, is the paper's: a base whose
     states say by themselves what a value belongs to needs no more, and a small one may."""
 
+    token_gate: bool = False
+    """Whether each token's part of the sums is multiplied by a learned share, the sigmoid of a projection of its state;
+    not in the paper. It leaves out the tokens that say nothing, whose directions would be raised to full strength."""
+
+    topic_key: bool = False
+    """Whether the mean state of its chunk is part of every token's key, with a projection of its own; not in the paper.
+    It tells passages apart for a base whose single states do not say what the passage is about."""
+
     normalization: Normalization = "svd"
     """`svd`: every kept direction counts alike. `frobenius`: the paper's ablation, one number divides the matrix."""
 

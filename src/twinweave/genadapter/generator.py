@@ -19,8 +19,9 @@ class Generator(nn.Module):
     """Writes and reads the memory of one linear layer of these sizes, in a block whose input has size `hidden_size`.
     All arithmetic is in float32, whatever the base's dtype.
 
-    With N the block's normalised input, k = key(N), v = value(N):  S = Σ kᵀ v  over tokens  [d_r, d_r],
-    ΔW = s · output · norm(S)ᵀ · query  (arXiv 2411.05877; the paper's A1, A2, A3 and B are query, key, value, output).
+    With N the block's normalised input, k = key(N), v = value(N):  S = Σ g kᵀ v  over tokens  [d_r, d_r],
+    ΔW = s · output · norm(S)ᵀ · query  (arXiv 2411.05877; the paper's A1, A2, A3 and B are query, key, value, output,
+    and its share g of a token is 1).
     """
 
     def __init__(self, hidden_size: int, in_features: int, out_features: int, config: GenerativeAdapterConfig) -> None:
@@ -30,6 +31,8 @@ class Generator(nn.Module):
         self.norm = nn.Parameter(torch.ones(hidden_size))
         offsets = len(config.key_offsets)
         self.key = nn.Parameter(_kaiming(offsets * size, hidden_size).view(offsets, size, hidden_size) / offsets**0.5)
+        self.topic = nn.Parameter(_kaiming(size, hidden_size)) if config.topic_key else None
+        self.gate = nn.Parameter(torch.zeros(hidden_size + 1)) if config.token_gate else None
         self.value = nn.Parameter(_kaiming(size, hidden_size))
         self.query = nn.Parameter(_kaiming(size, in_features))
         self.output = nn.Parameter(torch.zeros(out_features, size))
@@ -38,7 +41,12 @@ class Generator(nn.Module):
         """S of each chunk, [C, d_r, d_r], from the block's inputs `hidden` [C, M, d] and `mask` [C, M] (0: padding)."""
         states = F.rms_norm(hidden.float(), self.norm.shape, self.norm, _EPS) * mask[..., None]
         keys = sum(_shifted(states, o) @ key.T for o, key in zip(self.config.key_offsets, self.key, strict=True))
-        return (keys * mask[..., None]).mT @ (states @ self.value.T)
+        shares = mask[..., None].float()
+        if self.topic is not None:
+            keys = keys + (states.sum(1, keepdim=True) / shares.sum(1, keepdim=True).clamp_min(1)) @ self.topic.T
+        if self.gate is not None:
+            shares = shares * (states @ self.gate[:-1, None] + self.gate[-1]).sigmoid()
+        return (keys * shares).mT @ (states @ self.value.T)
 
     def normalized(self, sums: Tensor) -> Tensor:
         """norm(S), shape of `sums` [..., d_r, d_r]: by an iteration with a gradient in training, exactly otherwise."""

@@ -7,7 +7,7 @@ in `state.py`.
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -77,26 +77,38 @@ class GenerativeAdapter(nn.Module):
         stream. However it comes, the same text gives the same bits. `state`: what was read before; it is not changed.
         Raises DataError for a text that is empty or not UTF-8.
         """
+        digest, pieces = digest_and_pieces(text)
+        return self._read(chunks_of(pieces, self.tokenizer, self.chunk_size), digest, state)
+
+    @torch.no_grad()
+    def read_ids(self, chunks: Iterable[Sequence[int]], *, state: AdapterState | None = None) -> AdapterState:
+        """Read one text that is token ids already, in chunks as the base is to see them; otherwise as `read`."""
+        listed = [list(chunk) for chunk in chunks]
+        name = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
+        return self._read(((chunk, len(chunk)) for chunk in listed), lambda: name, state)
+
+    def _read(
+        self, chunks: Iterable[tuple[list[int], int]], digest: Callable[[], str], state: AdapterState | None
+    ) -> AdapterState:
         before = self.empty_state() if state is None else state
         self.check_state(before)
-        names = [target.name for target in self.targets]
         total = {name: tensor.clone() for name, tensor in before.sums.items()}
-        digest, pieces = digest_and_pieces(text)
         tokens = 0
         with self._in_evaluation():
-            for ids, own in chunks_of(pieces, self.tokenizer, self.chunk_size):
+            for ids, own in chunks:
                 row = torch.tensor([ids], device=self.base.device)
                 handles = [] if before.additive else self._attach_factors(self._factors_of(total))
                 try:
                     sums = self._chunk_sums(row, torch.ones_like(row))
                 finally:
                     remove(handles)
-                for name, tensor in fixed_point(dict(zip(names, (s[0] for s in sums), strict=True))).items():
+                named = {target.name: s[0] for target, s in zip(self.targets, sums, strict=True)}
+                for name, tensor in fixed_point(named).items():
                     total[name] += tensor
                 tokens += own
         documents = before.documents.copy()
         documents[digest()] += 1
-        return before._with(total, documents, before.tokens + tokens)
+        return before.replaced(total, documents, before.tokens + tokens)
 
     @property
     def chunk_size(self) -> int:
@@ -135,7 +147,8 @@ class GenerativeAdapter(nn.Module):
         remove(self._kept)
         handles: list[RemovableHandle] = []
         if not all(one.is_empty for one in states):
-            layers = zip(*(self._factors_of(one.sums) for one in states), strict=True)
+            factors = {id(one): self._factors_of(one.sums) for one in {id(one): one for one in states}.values()}
+            layers = zip(*(factors[id(one)] for one in states), strict=True)
             stacked = [(torch.stack([a for a, _ in layer]), torch.stack([b for _, b in layer])) for layer in layers]
             handles = self._attach_factors(stacked)
         try:
@@ -247,13 +260,17 @@ class GenerativeAdapter(nn.Module):
         """
         return saving.load(cls, path, base, tokenizer, allow_base_mismatch, revision, base_kwargs)
 
+    def lora_factors(self, state: AdapterState) -> dict[str, tuple[Tensor, Tensor]]:
+        """What `state` stands for: name of an adapted layer -> A [r, in] and B [out, r], a LoRA of scaling 1."""
+        self.check_state(state)
+        return {target.name: pair for target, pair in zip(self.targets, self._factors_of(state.sums), strict=True)}
+
     def export_lora(
         self, state: AdapterState, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32
     ) -> None:
         """Write `state` into the folder `path` as a LoRA of PEFT, of rank `rank` for every state, which any server
         loads. In float32 it gives the logits of `adapted(state)`; bfloat16 takes half the space."""
-        self.check_state(state)
-        saving.save_lora(self, self._factors_of(state.sums), path, dtype)
+        saving.save_lora(self, self.lora_factors(state), path, dtype)
 
     # --- what the base has, for those who take this for one ---------------------------------------------------------
 

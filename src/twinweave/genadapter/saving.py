@@ -5,7 +5,7 @@ Knows nothing about how the model runs. Files are safetensors and JSON.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,11 @@ def load(
     return model.eval()
 
 
+def read_config(path: str | os.PathLike[str]) -> GenerativeAdapterConfig:
+    """The settings of the generator saved in the folder `path`. Raises DamagedFileError."""
+    return GenerativeAdapterConfig.from_dict(_read_settings(local_folder(path, None))["generative_adapter"])
+
+
 def load_weights(model: "GenerativeAdapter", folder: Path) -> None:
     """Give `model` the weights saved in `folder`. Raises DamagedFileError unless they fit exactly."""
     weights = read_safetensors(folder / GENERATOR_NAME)
@@ -99,7 +104,7 @@ def load_weights(model: "GenerativeAdapter", folder: Path) -> None:
 
 def save_lora(
     model: "GenerativeAdapter",
-    factors: Sequence[tuple[Tensor, Tensor]],
+    factors: Mapping[str, tuple[Tensor, Tensor]],
     path: str | os.PathLike[str],
     dtype: torch.dtype,
 ) -> None:
@@ -116,7 +121,7 @@ def save_lora(
         inference_mode=True,
     )
     tensors = {}
-    for name, (a, b) in zip(names, factors, strict=True):
+    for name, (a, b) in factors.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = a.to("cpu", dtype).contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.to("cpu", dtype).contiguous()
     with atomic_files_into(path) as folder:

@@ -49,7 +49,7 @@ class AdapterState:
     def __add__(self, other: "AdapterState") -> "AdapterState":
         """The state of having read both. Raises UsageError for states that do not add up."""
         self._check(other, "added")
-        return self._with(
+        return self.replaced(
             {name: tensor + other.sums[name] for name, tensor in self.sums.items()},
             self.documents + other.documents,
             self.tokens + other.tokens,
@@ -70,7 +70,7 @@ class AdapterState:
         sums = {name: tensor - other.sums[name] for name, tensor in self.sums.items()}
         if not documents:  # the rounding of another machine or batch would be all that is left
             sums = {name: torch.zeros_like(tensor) for name, tensor in sums.items()}
-        return self._with(sums, documents, self.tokens - other.tokens)
+        return self.replaced(sums, documents, self.tokens - other.tokens)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AdapterState):
@@ -137,7 +137,8 @@ class AdapterState:
             raise UsageError("This state was loaded without its generator. Use AdapterState.load(path, reader).")
         self.reader.export_lora(self, path, **options)
 
-    def _with(self, sums: dict[str, Tensor], documents: Counter[str], tokens: int) -> "AdapterState":
+    def replaced(self, sums: dict[str, Tensor], documents: Counter[str], tokens: int) -> "AdapterState":
+        """A state of the same generator with other contents. Raises UsageError for sums that have grown too large."""
         if any(tensor.numel() and tensor.abs().max() > _LARGEST for tensor in sums.values()):
             raise UsageError("The state has read more than its sums can hold. Begin another one.")
         return AdapterState(sums, self.generator, documents, tokens, self.additive, self.reader)

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from ..baselines.own_adapters import rank_of
 from ..errors import BaseMismatchError, DamagedFileError, RecipeError, UnsupportedModelError
 from ..files import read_safetensors
+from ..genadapter import GenerativeAdapter
 from ..imsm import IMSMModel, get_imsm_model
 from ..imsm.checks import check_base, check_plain_adapter
 from ..imsm.existing import check_trained
@@ -22,7 +23,7 @@ from ..imsm.saving import read_adapter_config
 from ..pretrained import local_folder
 from ..rehearsal import Materials
 from ..slim import SlimConfig, get_slim_model
-from .method import Adapter, Build, SavedAdapter, Settings
+from .method import Adapter, Build, SavedAdapter, SavedGenerator, Settings
 
 
 def plain(base: PreTrainedModel, adapter: Adapter, settings: Settings, materials: Materials | None = None) -> PeftModel:
@@ -117,6 +118,20 @@ def _refusals(base: PreTrainedModel) -> Iterator[None]:
 def load_woven(path: str, base: PreTrainedModel) -> PeftModel:
     """A saved IMSM model on its base."""
     return IMSMModel.from_pretrained(path, base)
+
+
+def reading(
+    base: PreTrainedModel, adapter: Adapter, settings: Settings, materials: Materials | None = None
+) -> GenerativeAdapter:
+    """GenerativeAdapter with a fresh generator, or with a saved one that learns more; `adapter` is unused."""
+    if isinstance(settings.generator, SavedGenerator):
+        return load_reading(settings.generator.path, base)
+    return GenerativeAdapter(base, settings.generator)
+
+
+def load_reading(path: str, base: PreTrainedModel) -> GenerativeAdapter:
+    """A saved generator of adapters on its base."""
+    return GenerativeAdapter.from_pretrained(path, base)
 
 
 def slim_config(adapter: Adapter, settings: Settings, **changes: Any) -> SlimConfig:

@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
+from ..genadapter import GenerativeAdapter, GenerativeAdapterConfig
 from ..imsm import IMSMConfig
 from ..rehearsal import MakeTerm, Materials
 
@@ -24,7 +25,15 @@ class SavedAdapter:
     """Whether it learns more, or is left as it is."""
 
 
+@dataclass(frozen=True)
+class SavedGenerator:
+    """A generator of adapters that is trained already, to go on from; `path` is its folder or hub name."""
+
+    path: str
+
+
 Adapter = PeftConfig | SavedAdapter
+Model = PeftModel | GenerativeAdapter
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,7 @@ class Settings:
     imsm: IMSMConfig = field(default_factory=IMSMConfig)
     slim: Mapping[str, Any] = field(default_factory=dict)
     """The settings of SLIM that differ from its own defaults."""
+    generator: GenerativeAdapterConfig | SavedGenerator = field(default_factory=GenerativeAdapterConfig)
 
 
 class Build(Protocol):
@@ -46,11 +56,11 @@ class Build(Protocol):
         settings: Settings,
         materials: Materials | None = None,
         /,
-    ) -> PeftModel:
+    ) -> Model:
         """Without `materials` the model has its size, and maybe not the start of its training."""
 
 
-Load = Callable[[str, PreTrainedModel], PeftModel]
+Load = Callable[[str, PreTrainedModel], Model]
 
 
 @dataclass(frozen=True)
@@ -92,3 +102,5 @@ class Method:
     """Whether training uses the recipe's rehearsal: where it is on, or not without it."""
     guarded: bool = False
     """Whether a trained model gets the recipe's domain guard; a dial: whether it turns one."""
+    reads: bool = False
+    """Whether it reads the context of a row apart from its question; for others it goes in front of the prompt."""

@@ -6,7 +6,7 @@ Knows nothing about data, training loops or scores.
 from ..baselines import adapter_rehearsal, corda_model, ewc, l2_sp, lwf, oft_model, osf_model, replay
 from ..errors import RecipeError, UsageError, unknown_name
 from ..rehearsal import gate_rehearsal
-from .building import load_plain, load_woven, own, plain, slim, woven, woven_slim
+from .building import load_plain, load_reading, load_woven, own, plain, reading, slim, woven, woven_slim
 from .dials import guard_strength, retention, scale, yielding
 from .method import Dial, Knob, Method, SavedAdapter
 
@@ -115,6 +115,9 @@ METHODS: dict[str, Method] = {
                rehearses="always"),
         Method("imsm_slim", "IMSM over SLIM", "IMSM whose enhanced memory is SLIM, with the recipe's rehearsal.",
                woven_slim, load_woven, term=gate_rehearsal, rehearses="if on", guarded=True),
+        Method("generative_adapter", "GenerativeAdapter",
+               "A generator that turns what it reads into an adapter, in one pass; the question comes without it.",
+               reading, load_reading, reads=True),
     )
 }  # fmt: skip
 
@@ -130,7 +133,7 @@ def check_saved(method: Method, adapter: SavedAdapter) -> None:
     """Raise RecipeError for a method that a saved adapter leaves nothing to do. `peft` is then the adapter as it is."""
     if not adapter.train and method.name == "imsm_average":
         raise RecipeError("peft.train: imsm_average has no gate, so nothing is left to train. Leave it out.")
-    if method.build is None or (method.load is load_woven and method.build is not woven_slim):
+    if method.build is None or method.reads or (method.load is load_woven and method.build is not woven_slim):
         return
     if method.build is not plain:
         raise RecipeError(f"peft.path: {method.name} has an adapter of its own and cannot go on from a saved one.")

@@ -1,7 +1,7 @@
 """The pocket world as rows of data and as tasks: what the base must keep, and what it can be taught.
 
 Every row is a `prompt` with its `completion`, as in any user's file; `documents` and `text` have columns of
-their own. Knows nothing about tokens or models.
+their own, and `contexts` have a `context` too. Knows nothing about tokens or models.
 """
 
 import random
@@ -10,10 +10,10 @@ from functools import cache
 from typing import Any
 
 from twinweave.errors import UsageError, unknown_name
-from twinweave.pocket import language, skills
+from twinweave.pocket import contexts, language, skills
 from twinweave.pocket.world import RELATIONS, TOWN_RELATIONS, Person, World, make_world
 
-Row = dict[str, str]
+Row = dict[str, Any]
 
 TEST_ROWS = 150
 TRAIN_ROWS = 2000
@@ -60,6 +60,8 @@ def _makers() -> dict[str, Callable[[], list[Row]]]:
     makers["newcomers/test"] = lambda: _newcomer_rows(world)[1]
     makers["documents"] = lambda: _documents(world)
     makers["documents/questions"] = lambda: _document_questions(world)
+    makers["contexts/train"] = lambda: contexts.training_rows(world, _generator("contexts/train"))
+    makers["contexts/test"] = lambda: _context_rows(world)
     makers["text"] = _text_rows
     return makers
 
@@ -184,6 +186,16 @@ def _document_questions(world: World) -> list[Row]:
         }
         for person in world.document_people
         for relation, value in person.facts.items()
+    ]
+
+
+def _context_rows(world: World) -> list[Row]:
+    """Questions about document people, each with the one document that tells of them."""
+    texts = {row["id"]: row["text"] for row in _documents(world)}
+    chosen = _generator("contexts/test").sample(_document_questions(world), TEST_ROWS)
+    return [
+        {"context": [texts[row["document"]]], "prompt": row["prompt"], "completion": row["completion"]}
+        for row in chosen
     ]
 
 

@@ -23,13 +23,13 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.integrations import is_deepspeed_available
 
-from ..data import CompletionCollator, TrainingData
+from ..data import Collator, TrainingData, collator_for
 from ..errors import RecipeError, TrainingError
 from ..files import atomic_directory, write_json_atomic
 from ..imsm import DomainGuard, GuardSettings, IMSMModel, fit_guard
 from ..imsm.labels import FrozenStates
 from ..imsm.saving import write_guard
-from ..methods import Method
+from ..methods import Method, Model
 from ..processes import is_first, process_count, wait_for
 from ..progress import track
 from ..rehearsal import Materials, RehearsalRows, Term
@@ -92,7 +92,7 @@ def fit(
     trainable = model.get_nb_trainable_parameters()[0]  # of the whole model, which may be spread over processes later
     if not trainable:
         return _as_it_is(model, folder)
-    arguments, collator = _arguments(section, seed, steps, folder, data), CompletionCollator(tokenizer)
+    arguments, collator = _arguments(section, seed, steps, folder, data), collator_for(data, tokenizer)
     stores = partial(frozen_store_for, section, model, tokenizer=tokenizer, arguments=arguments, collator=collator)
     own_frozen_folder = folder / "frozen"
     frozen = _frozen_folder(section, frozen_folder or own_frozen_folder)
@@ -142,7 +142,7 @@ def fit(
     return training
 
 
-def _as_it_is(model: PeftModel, folder: Path) -> Training:
+def _as_it_is(model: Model, folder: Path) -> Training:
     """An adapter that is left as it was found."""
     nothing: dict[str, list[list[float]]] = {"train": [], "validation": []}
     training = Training(0.0, 0.0, _peak_memory(), 0, 0, 0, None, None, nothing)
@@ -158,11 +158,9 @@ def _frozen_folder(section: TrainingSection, folder: Path) -> Path:
     return folder if section.frozen_store in ("auto", "off") else Path(section.frozen_store)
 
 
-def _term(
-    method: Method, model: PeftModel, materials: Materials, store: Callable[..., FrozenStore | None]
-) -> Term | None:
+def _term(method: Method, model: Model, materials: Materials, store: Callable[..., FrozenStore | None]) -> Term | None:
     """What the method adds to the loss; `store` makes one of rehearsed rows, where it is worth it."""
-    if method.term is None:
+    if method.term is None or not isinstance(model, PeftModel):
         return None
     if (general := materials.rehearsal) is not None:
         readings = materials.steps / general.settings.every * general.batch_size / len(general.rows)
@@ -254,7 +252,7 @@ def _arguments(section: TrainingSection, seed: int, steps: int, folder: Path, da
 
 
 def _fitted_guard(
-    model: IMSMModel, data: TrainingData, collator: CompletionCollator, batch_size: int, settings: GuardSettings
+    model: IMSMModel, data: TrainingData, collator: Collator, batch_size: int, settings: GuardSettings
 ) -> DomainGuard:
     """The guard for the training rows, calibrated on the validation rows."""
 
@@ -272,7 +270,7 @@ def _copy_model(checkpoint: Path, goal: Path, guard: DomainGuard | None) -> None
     """The model's own files out of a checkpoint, without the optimizer and the trainer's state; and the guard."""
     with atomic_directory(goal) as folder:
         for file in checkpoint.iterdir():
-            if file.name.startswith(("adapter_", "imsm_")):
+            if file.name.startswith(("adapter_", "imsm_", "generator")):
                 shutil.copy2(file, folder / file.name)
         if guard is not None:
             write_guard(guard, folder)

@@ -25,10 +25,12 @@ from transformers.utils import is_bitsandbytes_available
 from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
 from ..errors import RecipeError, unknown_name
-from ..evaluation import Task, resolve_task
+from ..evaluation import Task, read_documents, resolve_task
+from ..genadapter import GenerativeAdapterConfig
+from ..genadapter.saving import read_config
 from ..imsm import GuardSettings, IMSMConfig
 from ..imsm.saving import check_adapter_files, read_adapter_config
-from ..methods import Adapter, Method, SavedAdapter, Settings, check_saved, get_method, knobs
+from ..methods import Adapter, Method, SavedAdapter, SavedGenerator, Settings, check_saved, get_method, knobs
 from ..pretrained import local_folder
 from ..rehearsal import RehearsalSettings
 from ..slim import SlimConfig
@@ -73,11 +75,26 @@ class DataSection(_Section):
     split: str | None = None
     prompt: str | None = None
     completion: str | None = None
+    context: str | None = None
+    """What is read before the questions: a column (a text, or a list of several), or a format string over the columns.
+    GenerativeAdapter reads it apart; for every other method it goes in front of the prompt."""
+    text: str | None = None
+    """Format string over the columns: GenerativeAdapter learns to say what it read again, and to go on behind it."""
+    questions_per_context: int | None = Field(None, ge=1)
+    """The most questions that share one reading of their context; 16 where none is given."""
+    segment_chunks: int | None = Field(None, ge=2)
+    """Chunks of a segment of `text`; 8 where none is given."""
     limit: int | None = Field(None, ge=1)
     validation: str | None = None
     """A source of validation rows; without one a seeded share of the training rows is held out."""
     validation_fraction: float = Field(0.05, gt=0, lt=1)
     max_length: int = Field(1024, ge=8)
+
+    @model_validator(mode="after")
+    def _context_or_text(self) -> "DataSection":
+        if self.text is not None and (self.context, self.prompt, self.completion) != (None, None, None):
+            raise RecipeError("train: text is learned by itself; leave out context, prompt and completion, or text.")
+        return self
 
 
 class TrainingSection(_Section):
@@ -86,6 +103,7 @@ class TrainingSection(_Section):
     epochs: float = Field(3.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(16, ge=1)
+    """Rows of a step; for GenerativeAdapter contexts, with all their questions, or segments of text."""
     gradient_accumulation: int = Field(1, ge=1)
     learning_rate: float = Field(3e-4, gt=0)
     gate_learning_rate: float | None = Field(None, gt=0)
@@ -168,6 +186,11 @@ class EvaluationSection(_Section):
     batch_size: int = Field(32, ge=1)
     lens_prompts: int = Field(6, ge=0)
     """How many real prompts of target and retained tasks the report's lens shows."""
+    read: str | None = None
+    """Documents (a source with a `text` column) that GenerativeAdapter has read when it is scored on tasks without a
+    context; none: it is the bare base there."""
+    read_limit: int | None = Field(None, ge=1)
+    """The first of those documents only."""
 
 
 class Recipe(_Section):
@@ -191,6 +214,8 @@ class Recipe(_Section):
     imsm: dict[str, Any] = {}
     slim: dict[str, Any] = {}
     """Settings of SLIM for the methods that are made of it; `r` is the adapter's, divided among the experts."""
+    generative_adapter: dict[str, Any] | None = None
+    """Settings of GenerativeAdapter; or `path`, the folder of a trained generator to go on from, with its settings."""
     rehearsal: RehearsalSettings | None = RehearsalSettings()
     """What the base writes itself and IMSM's gate rehearses; `null`: nothing, as published."""
     guard: GuardSettings | None = None
@@ -254,6 +279,7 @@ class Recipe(_Section):
                 raise RecipeError(f"sweeps.{knob}: {values} must be a list of different finite numbers.")
             if knobs()[knob].multiplies != "term" and min(values, default=1) <= 0:
                 raise RecipeError(f"sweeps.{knob}: {values} multiply a rate or a number of steps; give positive ones.")
+        self._check_reading()
         self.settings()
         if (saved := self.saved_adapter) is None:
             self.peft_config()
@@ -261,6 +287,20 @@ class Recipe(_Section):
             for name in (self.method, *self.methods):
                 check_saved(get_method(name), saved)
         return self
+
+    def _check_reading(self) -> None:
+        names = list(dict.fromkeys((self.method, *self.methods)))
+        reading = [name for name in names if get_method(name).reads]
+        if reading and self.train.context is None and self.train.text is None:
+            raise RecipeError(
+                f"train: {reading[0]} learns to read, and there is nothing to read. Give train.context (the column with"
+                " what each question is about) or train.text (text to learn from by itself)."
+            )
+        if self.train.text is not None and (others := [name for name in names if name not in reading]):
+            raise RecipeError(
+                f"train.text: {others[0]} learns from prompts with completions; text by itself is for "
+                "generative_adapter. Set method: generative_adapter and methods: [generative_adapter]."
+            )
 
     @property
     def output_dir(self) -> Path:
@@ -271,6 +311,11 @@ class Recipe(_Section):
         """Plain values that `load_recipe` makes this recipe of."""
         # a key that is None says "off" where being left out says "on"
         return {"rehearsal": None} | self.model_dump(mode="json", exclude_none=True)
+
+    def documents(self) -> list[str]:
+        """The texts of `evaluation.read`. Raises DataError."""
+        section = self.evaluation
+        return [] if section.read is None else read_documents(section.read, section.read_limit)
 
     def sweep(self, method: Method) -> list[dict[str, float]]:
         """The settings at which `compare` has the method: knob -> value, or one empty setting without a knob."""
@@ -294,7 +339,27 @@ class Recipe(_Section):
             if key not in known:
                 raise RecipeError(unknown_name("setting of SLIM", f"slim.{key}", [f"slim.{name}" for name in known]))
         SlimConfig(**deepcopy(self.slim))
-        return Settings(IMSMConfig.from_dict(self.imsm), deepcopy(self.slim))
+        return Settings(IMSMConfig.from_dict(self.imsm), deepcopy(self.slim), self._generator())
+
+    def _generator(self) -> GenerativeAdapterConfig | SavedGenerator:
+        values = dict(self.generative_adapter or {})
+        if "path" not in values:
+            return GenerativeAdapterConfig.from_dict(values)
+        path = values.pop("path")
+        if values:
+            raise RecipeError(
+                f"generative_adapter.{min(values)}: beside generative_adapter.path there is nothing to set; the "
+                "generator saved there has its settings."
+            )
+        if not isinstance(path, str):
+            raise RecipeError(f"generative_adapter.path is {path!r}; it must be the folder of a saved generator.")
+        return SavedGenerator(path)
+
+    @property
+    def chunk_size(self) -> int:
+        """Tokens that GenerativeAdapter reads at once. Raises DamagedFileError for a path without a generator."""
+        generator = self._generator()
+        return (read_config(generator.path) if isinstance(generator, SavedGenerator) else generator).chunk_size
 
     @property
     def saved_adapter(self) -> SavedAdapter | None:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..data import CompletionCollator, TrainingData, prepare_training_data
-from ..errors import DataError
+from ..data import CompletionCollator, ContextRows, TrainingData, prepare_segments, prepare_training_data
+from ..data.contexts import QUESTIONS_PER_CONTEXT
+from ..data.segments import SEGMENT_CHUNKS
+from ..errors import DataError, RecipeError
 from ..evaluation import read_examples
 from ..fingerprint import fingerprint
 from ..rehearsal import RehearsalRows, Written, load_sequences, make_rows, read_sequences, write_sequences
@@ -16,10 +18,21 @@ from .frozen_store import tokenizer_digest
 from .recipe import Recipe
 
 
-def load_training_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> TrainingData:
-    """The recipe's rows as token ids; the seed decides which are held out for validation. Raises DataError."""
+def load_training_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, *, reads: bool = False
+) -> TrainingData:
+    """The recipe's rows as token ids; the seed decides which are held out for validation.
+
+    `reads`: for a method that reads contexts apart from their questions. Raises DataError, and RecipeError for text
+    alone where nothing reads.
+    """
     section, target = recipe.train, recipe.target
+    if section.text is not None:
+        if not reads:
+            raise RecipeError("train.text is for generative_adapter; other methods learn from prompts.")
+        return _load_segments(recipe, tokenizer, seed)
     has_examples = target.kind in ("generation", "completion_loss")
+    per_context = section.questions_per_context or QUESTIONS_PER_CONTEXT
     data = prepare_training_data(
         section.data,
         tokenizer,
@@ -32,10 +45,34 @@ def load_training_data(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed:
         limit=section.limit,
         seed=seed,
         split=section.split,
+        context=section.context,
+        make_rows=ContextRows(tokenizer, _chunk_size(recipe), per_context) if reads else None,
     )
     if not len(data.train):
         raise DataError(f"{section.data} leaves no rows to train on. Give more rows, or a validation file.")
     return data
+
+
+def _load_segments(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> TrainingData:
+    section = recipe.train
+    assert section.text is not None
+    return prepare_segments(
+        section.data,
+        tokenizer,
+        section.text,
+        chunk_size=_chunk_size(recipe),
+        segment_chunks=section.segment_chunks or SEGMENT_CHUNKS,
+        validation=section.validation,
+        validation_fraction=section.validation_fraction,
+        limit=section.limit,
+        seed=seed,
+        split=section.split,
+    )
+
+
+def _chunk_size(recipe: Recipe) -> int:
+    """As `GenerativeAdapter.chunk_size` has it."""
+    return min(recipe.chunk_size, load_window(recipe.base) - 1)
 
 
 def load_rehearsal(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> RehearsalRows:

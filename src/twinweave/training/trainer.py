@@ -21,6 +21,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from ..errors import DamagedFileError, TrainingError
 from ..files import read_safetensors
+from ..genadapter import GenerativeAdapter
 from ..imsm import IMSMModel
 from ..progress import progress_bar
 from . import checkpoints
@@ -140,7 +141,7 @@ class TwinweaveTrainer(TermTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As in transformers; raises TrainingError when the loss is no number, before the weights are touched."""
-        self.tokens += int(inputs["attention_mask"].sum()) if "attention_mask" in inputs else 0
+        self.tokens += sum(int(inputs[name].sum()) for name in ("attention_mask", "context_mask") if name in inputs)
         warm = self.state.global_step >= max(_STEPS_BEFORE_STORE, self.args.get_warmup_steps(self.state.max_steps))
         loss = super().training_step(model, self._at_labels(inputs, from_store=warm), *args, **kwargs)
         if not math.isfinite(loss.item()):
@@ -184,6 +185,12 @@ class TwinweaveTrainer(TermTrainer):
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(checkpoints.staging_folder(self.run_folder))
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if not isinstance(self.model, GenerativeAdapter):
+            super()._save(output_dir, state_dict)
+        elif self.args.should_save:  # transformers would write the base too
+            self.model.save_pretrained(output_dir or self.run_folder, state_dict=state_dict)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         staging = checkpoints.staging_folder(self.run_folder)

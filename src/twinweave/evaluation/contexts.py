@@ -1,0 +1,47 @@
+"""Which rows of a task are answered from which texts, for a model that reads before it is asked (GenerativeAdapter).
+
+Knows nothing about tasks or scores.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+Documents = tuple[str, ...]
+
+
+def can_read(model: Any) -> bool:
+    """Whether the model reads texts apart from the questions about them."""
+    return hasattr(model, "read") and hasattr(model, "adapted")
+
+
+def read_all(model: Any, documents: Sequence[str]) -> Any:
+    """The state of having read these texts, one after the other. Raises DataError for one without text."""
+    state = model.empty_state()
+    for document in documents:
+        state = model.read(document, state=state)
+    return state
+
+
+class Contexts:
+    """The documents of each row, and the model that reads them: each distinct context once, if the rows come in the
+    order of `places`. Only the states that a batch needs are kept, since one may take hundreds of megabytes."""
+
+    def __init__(self, model: Any, of_rows: Sequence[Documents]) -> None:
+        self._model, self._of_rows = model, of_rows
+        first: dict[Documents, int] = {}
+        self.places = [first.setdefault(documents, len(first)) for documents in of_rows]
+        """For each row the number of its context."""
+        self._states: dict[int, Any] = {}
+
+    @contextmanager
+    def adapted(self, rows: Sequence[int]) -> Iterator[None]:
+        """Within the block the model answers a batch of these rows, each from its own context."""
+        places = [self.places[row] for row in rows]
+        self._states = {place: state for place, state in self._states.items() if place in places}
+        for row, place in zip(rows, places, strict=True):
+            if place not in self._states:
+                self._states[place] = read_all(self._model, self._of_rows[row])
+        states = [self._states[place] for place in places]
+        with self._model.adapted(states[0] if len(self._states) == 1 else states):
+            yield
