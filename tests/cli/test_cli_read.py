@@ -271,6 +271,15 @@ def test_a_text_that_python_read_twice_is_taken_out_twice(work, call, readers):
     assert files_of(work / "made") == files_of(work / "never")
 
 
+def test_forgetting_with_other_software_says_that_rounding_may_stay(work, call):
+    done(call("read", "0.txt", "1.txt", "--out", "made"))
+    assert "rounding" not in done(call("forget", "made", "1.txt"))[1]
+    record = json.loads((work / "made" / "reader.json").read_text())
+    (work / "made" / "reader.json").write_text(json.dumps(record | {"torch": "1.0"}))
+    _, err = done(call("forget", "made", "0.txt"))
+    assert f"torch 1.0 then, {torch.__version__} now" in err
+
+
 def test_a_reader_and_a_base_that_moved(work, call, readers):
     shutil.copytree(base_dir(), "base")
     make_reader(work / "reader", base="base")
