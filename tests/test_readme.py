@@ -14,7 +14,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from twinweave.pocket import base_dir
+import twinweave
+from twinweave.cli import main
+from twinweave.pocket import base_dir, reader_dir
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -33,8 +35,8 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+def commands(text: str = README) -> list[list[str]]:
+    lines = [line for block in blocks("bash", text) for line in block.splitlines() if line.strip()]
     return [shlex.split(line, comments=True) for line in lines]
 
 
@@ -57,6 +59,29 @@ def test_slim_page() -> None:
     for block in blocks("python", (ROOT / "docs" / "slim.md").read_text(encoding="utf-8")):
         exec(compile(block, "docs/slim.md", "exec"), names)
     assert names["model"].get_nb_trainable_parameters()[0] > 100_000
+
+
+def test_genadapter_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if not reader_dir().is_dir():
+        base = AutoModelForCausalLM.from_pretrained(base_dir(), dtype=torch.float32)
+        made = twinweave.GenerativeAdapter(base, twinweave.GenerativeAdapterConfig(state_size=16, rank=16))
+        made.save_pretrained(tmp_path / "reader")
+        monkeypatch.setattr("twinweave.pocket.reader_dir", lambda: tmp_path / "reader")
+    page = (ROOT / "docs" / "genadapter.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in blocks("python", page):
+        exec(compile(block, "docs/genadapter.md", "exec"), names)
+    assert (tmp_path / "people" / "adapter_model.safetensors").is_file()
+    assert torch.equal(names["answer"][0], names["served"].generate(**names["questions"], max_new_tokens=4)[0])
+    shown = [command for command in commands(page) if command[0] == "twinweave"]
+    assert {command[1] for command in shown} == {"read", "generate", "forget"}
+    for command in shown:
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert not end.value.code, shlex.join(command)
+    assert len(twinweave.AdapterState.load(tmp_path / "wanda").documents) == 1
 
 
 @pytest.mark.usefixtures("my_lora")

@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
@@ -47,8 +48,12 @@ def base_of(
         base_kwargs.setdefault("revision", recorded["revision"])
     try:
         return AutoModelForCausalLM.from_pretrained(name, **base_kwargs)
-    except (OSError, ValueError, ImportError) as error:  # the last: a package that its quantisation needs
-        raise UnsupportedModelError(f"The base model {name} cannot be loaded ({error}). Pass base=MODEL.") from error
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # ImportError: what its quantisation needs
+        reason = " ".join(str(error).split())
+        raise UnsupportedModelError(
+            f"The base model {name} cannot be loaded ({reason:.300}). Say where it lies: base=MODEL, or --base on the "
+            "command line."
+        ) from error
 
 
 def check_same_base(folder: Path, recorded: Mapping[str, Any], found: BaseFingerprint, otherwise: str = "") -> None:

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import tiny_runs
 from twinweave.cli import app, main
 
-COMMANDS = ["demo", "train", "compare", "evaluate", "generate", "report", "validate", "tasks", "methods", "env"]
+COMMANDS = ["demo", "train", "compare", "evaluate", "generate", "read", "forget", "report", "validate", "tasks"]
+COMMANDS += ["methods", "env"]
 
 
 @pytest.fixture

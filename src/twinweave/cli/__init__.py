@@ -19,8 +19,10 @@ from .compare import compare
 from .demo import demo
 from .env import env
 from .evaluate import evaluate
+from .forget import forget
 from .generate import generate
 from .methods import methods
+from .read import read
 from .report import report
 from .tasks import tasks
 from .train import train
@@ -33,7 +35,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-for _command in (demo, train, compare, evaluate, generate, report, validate, tasks, methods, env):
+for _command in (demo, train, compare, evaluate, generate, read, forget, report, validate, tasks, methods, env):
     app.command()(_command)
 
 

@@ -1,7 +1,8 @@
 """`twinweave generate`."""
 
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -12,11 +13,15 @@ from ..errors import UsageError
 from ..evaluation import has_lens, original_shares, token_texts
 from ..evaluation.generate import greedy_settings, no_own_settings
 from ..training import load_window
+from ..training.base import window_of
+from .adapters import answering
 from .shared import MemoryOption, RetentionOption, dialled, open_run, out
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(help="The folder of a finished run, or of one of its models.")],
+    run: Annotated[
+        Path, typer.Argument(help="The folder of a finished run, or of one of its models; with --adapter, of a reader.")
+    ],
     prompt: Annotated[str, typer.Argument(help="What the model is asked.")],
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="The most tokens to write (64, or half the window if that is less).")
@@ -25,16 +30,27 @@ def generate(
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
     chat: Annotated[bool, typer.Option(help="Put the prompt through the tokenizer's chat template.")] = False,
     lens: Annotated[bool, typer.Option(help="Show how much of each token came from the original memory.")] = False,
+    adapter: Annotated[
+        list[Path] | None,
+        typer.Option(help="Answer from what `read` wrote into this folder; of several, from all. RUN may be pocket."),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Where the base lies now, if it has moved.")] = None,
     memory: MemoryOption = None,
     retention: RetentionOption = None,
 ) -> None:
-    """Ask a trained model.
+    """Ask a trained model, or one that has read texts.
 
     Example: `twinweave generate runs/reverse "Reverse the words board moon kite." --lens`
+
+    Example: `twinweave generate pocket "What is the pet of Wanda Crane?" --adapter wanda`
     """
-    model, tokenizer, recipe = open_run(run, base)
-    window = load_window(recipe.base)
+    model: Any
+    if adapter:
+        model, state = answering(str(run), adapter, base)
+        tokenizer, window, having_read = model.tokenizer, window_of(model.config), model.adapted(state)
+    else:
+        model, tokenizer, recipe = open_run(run, base)
+        window, having_read = load_window(recipe.base), nullcontext()
     max_new_tokens = max_new_tokens or min(64, window // 2)
     if window <= max_new_tokens:
         raise UsageError(
@@ -47,7 +63,7 @@ def generate(
             f"The prompt does not fit: the window is {window} tokens, {max_new_tokens} of them for the answer. "
             "Shorten the prompt or lower --max-new-tokens."
         )
-    with dialled(model, memory, retention):
+    with having_read, dialled(model, memory, retention):
         if lens:
             if not has_lens(model) or temperature > 0:
                 raise UsageError("--lens reads the gate of an IMSM model, or SLIM's routers, at temperature 0.")

@@ -5,10 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
+from .. import pocket
 from ..compare import find_model
 from ..compare.store import RESULTS_NAME, read_results
 from ..errors import BaseMismatchError, DamagedFileError, UsageError
@@ -20,6 +22,7 @@ from ..methods import load_plain
 from ..processes import is_first
 from ..report import build_report, terminal_tables
 from ..training import Recipe, load_base, load_recipe, load_tokenizer
+from ..training.base import default_device
 
 # Results go to standard output, progress and errors to standard error.
 out = Console()
@@ -71,6 +74,27 @@ def open_run(run: Path, base: str | None = None) -> tuple[Any, PreTrainedTokeniz
             f"{found}). Say where its own base lies with --base."
         )
     return load_plain(str(folder), model).eval(), tokenizer, recipe
+
+
+def open_reader(where: str, base: str | None = None, dtype: str = "float32") -> GenerativeAdapter:
+    """A saved generator of adapters on its base, ready to read and to answer.
+
+    `where`: the folder of a generator, that of a run with one, or `pocket`. `base`: where the base lies now; `dtype`:
+    its precision. Raises UsageError where there is no generator, and what GenerativeAdapter.from_pretrained raises.
+    """
+    shipped = where == "pocket"
+    run = pocket.reader_dir() if shipped else Path(where)
+    folders = [run, run / "best", *sorted(run.glob("cells/*/best"))]
+    folder = next((folder for folder in folders if (folder / CONFIG_NAME).is_file()), None)
+    if folder is None:
+        raise UsageError(
+            f"There is no generator of adapters in {where} ({CONFIG_NAME} is missing). Give the folder of one, of "
+            "a run that trained one, or pocket."
+        )
+    if shipped and base is None:
+        base = str(pocket.base_dir())
+    reader = GenerativeAdapter.from_pretrained(folder, base, dtype=getattr(torch, dtype))
+    return reader.to(default_device())
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoder import decoder_of
-from ..errors import BaseMismatchError, UnsupportedModelError, UsageError
+from ..errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
 from ..fingerprint import fingerprint
 from . import saving
 from .config import GenerativeAdapterConfig
@@ -162,11 +162,19 @@ class GenerativeAdapter(nn.Module):
         return generate(*args, **kwargs)
 
     def check_state(self, state: AdapterState) -> None:
-        """Raise BaseMismatchError for a state that another generator, or this one before more training, has read."""
+        """Raise BaseMismatchError for a state that another generator, or this one before more training, has read, and
+        DamagedFileError for one that lacks a layer."""
         if state.generator != self.fingerprint():
             raise BaseMismatchError(
                 f"The state was read by another generator ({state.generator}) than this one ({self.fingerprint()}). "
                 "Read the text again, or load the generator that has read it."
+            )
+        shape = (self.settings.state_size,) * 2
+        expected = {target.name: (shape, torch.int64) for target in self.targets}
+        if {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in state.sums.items()} != expected:
+            raise DamagedFileError(
+                "The state does not have the matrices that its generator keeps, one for each adapted layer. Read the "
+                "texts again."
             )
 
     # --- training ---------------------------------------------------------------------------------------------------

@@ -4,12 +4,17 @@ from pathlib import Path
 
 from twinweave.pocket.tasks import TASKS, names, retained_tasks, rows
 
-__all__ = ["TASKS", "base_dir", "demo_recipe", "names", "retained_tasks", "rows"]
+__all__ = ["TASKS", "base_dir", "demo_recipe", "names", "reader_dir", "retained_tasks", "rows"]
 
 
 def base_dir() -> Path:
     """The shipped base model: an ordinary Hugging Face directory with model and tokenizer."""
     return Path(__file__).parent / "base"
+
+
+def reader_dir() -> Path:
+    """The shipped generator of adapters for the shipped base, as GenerativeAdapter.from_pretrained finds it."""
+    return Path(__file__).parent / "reader"
 
 
 def demo_recipe() -> Path:

@@ -90,6 +90,11 @@ def load_window(section: BaseSection) -> int:
         raise UnsupportedModelError(
             f"The base '{section.name}' has no readable config: {_first_line(error)}."
         ) from error
+    return window_of(config)
+
+
+def window_of(config: Any) -> int:
+    """How many tokens a model of that config can read at once; a very large number where it does not say."""
     own = getattr(config.get_text_config(), "max_position_embeddings", None)
     return own if isinstance(own, int) and own > 0 else 2**30
 

@@ -1,0 +1,91 @@
+"""What `read` and `forget` are given, as texts with the name that a user knows each by. Knows nothing about models."""
+
+import io
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import typer
+
+from ..errors import DataError, UsageError
+from ..genadapter.text import digest_and_pieces
+from ..progress import say
+
+_ENDINGS = (".txt", ".md")
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text: its name for messages, the text itself or the file it is in, and its SHA-256."""
+
+    name: str
+    source: str | Path
+    digest: str
+
+
+def documents_of(arguments: Iterable[str]) -> list[Document]:
+    """The texts that the arguments stand for, in their order; one that is given twice comes once.
+
+    A file, a folder (its .txt and .md files, those of folders in it too, sorted), `-` (standard input), or, where there
+    is no such path and there is white space in it, the text itself. Every text is looked through to its end.
+    Raises UsageError for a word that is no path, and DataError for a text that is missing, empty or not UTF-8.
+    """
+    found: dict[str, Document] = {}
+    for argument in arguments:
+        for name, source in _sources(argument):
+            document = Document(name, source, _digest(name, source))
+            if document.digest in found:
+                say(f"skipped {name}: the same text as {found[document.digest].name}")
+            else:
+                found[document.digest] = document
+    return list(found.values())
+
+
+def _sources(argument: str) -> list[tuple[str, str | Path]]:
+    if argument == "-":
+        name = "standard input"
+        return [(name, _decoded(typer.get_binary_stream("stdin").read(), name))]
+    path = Path(argument)
+    if os.path.isdir(argument):
+        return [(str(file), file) for file in _files_in(path)]
+    if os.path.isfile(argument):
+        return [(argument, path)]
+    if os.path.exists(argument):  # a pipe gives its text once, and it is gone through twice
+        return [(argument, _decoded(path.read_bytes(), argument))]
+    if argument.strip() and not any(character.isspace() for character in argument):
+        raise UsageError(
+            f"There is no file or folder '{argument}'. Check the path; a text of one word can come from standard input "
+            "(-)."
+        )
+    words = argument.split()
+    name = f"'{' '.join(words[:6])}{' …' if len(words) > 6 else ''}'"
+    say(f"{name} is no path, so it is taken as a text")
+    return [(name, argument)]
+
+
+def _files_in(folder: Path) -> list[Path]:
+    hidden = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    files = sorted(p for p in hidden if p.suffix.lower() in _ENDINGS and p.is_file())
+    if not files:
+        raise DataError(f"The folder {folder} has no {' or '.join(_ENDINGS)} file. Name the files themselves.")
+    return files
+
+
+def _decoded(content: bytes, name: str) -> str:
+    """The text of these bytes as it would be read from a file, line ends included."""
+    try:
+        return io.TextIOWrapper(io.BytesIO(content), encoding="utf-8-sig").read()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name} is not UTF-8 text ({error.reason}). Convert it to UTF-8.") from error
+
+
+def _digest(name: str, source: str | Path) -> str:
+    digest, pieces = digest_and_pieces(source)
+    try:
+        for _ in pieces:
+            pass
+    except DataError as error:
+        message = str(error)
+        raise DataError(message if name in message else f"{name}: {message}") from error
+    return digest()
