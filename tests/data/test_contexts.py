@@ -1,8 +1,10 @@
+import json
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pytest
 from twinweave.data import (
     CompletionCollator,
     ContextCollator,
@@ -20,8 +22,6 @@ WHERE = "x.jsonl row 1"
 
 @pytest.fixture
 def write(tmp_path):
-    import json
-
     def make(name, rows):
         path = tmp_path / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -47,9 +47,9 @@ def test_what_a_context_is():
     joined = to_example(a_row, where=WHERE, context="documents").with_documents_in_prompt()
     assert (joined.prompt, joined.documents) == ("a b\nc\np", ())
     for wrong in ({"documents": ["a", " "]}, {"documents": 3}, {"documents": [["a"]]}):
-        with pytest.raises(DataError, match="a context with .* give texts"):
+        with pytest.raises(DataError, match=r"a context with .* give texts"):
             to_example(a_row | wrong, where=WHERE, context="documents")
-    with pytest.raises(DataError, match="does not fit x.jsonl row 1"):
+    with pytest.raises(DataError, match=r"does not fit x\.jsonl row 1"):
         to_example(a_row, where=WHERE, context="nothing")
 
 
@@ -91,12 +91,11 @@ def test_rows_with_the_same_context_share_it(write, words):
 def test_no_context_is_in_both_sets(write, words):
     path = write("x.jsonl", [row(letter, f"{other} {letter}") for letter in "abcdefgh" for other in "mnop"])
     rows = ContextRows(words, chunk_size=4)
-    made = prepare_training_data(
-        path, words, max_length=9, context="context", make_rows=rows, validation_fraction=0.2
-    )
+    made = prepare_training_data(path, words, max_length=9, context="context", make_rows=rows, validation_fraction=0.2)
     assert (made.report.train_rows, made.report.validation_rows) == (24, 8)
     train, held = ({tuple(r["chunks"][0]) for r in part} for part in (made.train, made.validation))
-    assert len(train) == 6 and len(held) == 2 and not train & held
+    assert (len(train), len(held)) == (6, 2)
+    assert not train & held
     plain = prepare_training_data(path, words, max_length=9, context="context", validation_fraction=0.2)
     assert {tuple(r["input_ids"][:1]) for r in plain.validation} == held  # the same rows for those that do not read
     one = write("one.jsonl", [row("a", "b"), row("a", "c")])
