@@ -130,7 +130,7 @@ def test_scaling_is_the_interpolation_of_weights(make_base, make_peft, perturb, 
 
 
 def test_what_cannot_be_built_or_scaled_is_our_error(make_base, make_peft):
-    for name in TRAINED:
+    for name in (name for name in TRAINED if not get_method(name).reads):  # what reads has no adapter of the recipe
         nowhere = Settings(slim={"target_modules": ["nothing"]})  # SLIM's own, which the adapter's say nothing about
         for bad in (make_peft("lora", target_modules=["nothing"]), make_peft("lora", r=-1)):
             with pytest.raises(UnsupportedModelError):

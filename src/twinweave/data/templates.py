@@ -27,6 +27,7 @@ class Example:
         references: every answer that counts as right; the completion is the first. For a chat: the last
             assistant turn.
         messages: the turns of a chat, or empty.
+        documents: the texts of the row's context, to be read before the question.
     """
 
     where: str
@@ -35,7 +36,6 @@ class Example:
     references: tuple[str, ...] = ()
     messages: tuple[Message, ...] = ()
     documents: tuple[str, ...] = ()
-    """What is read before the question: the texts of the row's context."""
 
     def with_documents_in_prompt(self) -> "Example":
         """The same for a model that reads nothing apart: the documents in front of the prompt, a line each."""
