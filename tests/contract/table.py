@@ -23,7 +23,7 @@ INTRODUCTION = {
     "lora": "On the same Llama. PiSSA, OLoRA, CorDA and LoRA-GA are compared with PEFT's own in the library's tests: "
     "there the base's weights change, here they do not, and the two agree up to rounding.",
     "genadapter": "The models of the first table with a GenerativeAdapter that is away from its start, put to "
-    f"{len(genadapter_checks.CHECKS)} checks of their own, listed last. Named are the layers that it adapts by default.",
+    f"{len(genadapter_checks.CHECKS)} checks of their own, listed last; with the layers that it adapts by default.",
 }
 
 
@@ -64,8 +64,8 @@ def page(found: dict[str, Any], totals: dict[str, int]) -> str:
         "",
         f"Each row is put to {len(checks.CHECKS)} checks, listed below. **pass**: every check that applies holds. "
         "**n/a**: a check does not apply; where it says *upstream*, the base alone or plain PEFT breaks the same "
-        "promise, found by the same measurement without twinweave. **refused**: wrapping raises an error with this reason. "
-        "**not checked**: the base alone, or plain PEFT over it, does not run or learn.",
+        "promise, found by the same measurement without twinweave. **refused**: wrapping raises an error with this "
+        "reason. **not checked**: the base alone, or plain PEFT over it, does not run or learn.",
     ]
     for grid, total in totals.items():
         if grid in found:
