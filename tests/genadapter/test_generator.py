@@ -92,11 +92,9 @@ def test_padding_that_is_no_number_leaves_the_gradient_finite():
 @pytest.mark.parametrize("training", [True, False])
 def test_autocast_changes_no_bit(training):
     generator = make().train(training)
-    hidden, x, mask = torch.randn(2, 9, HIDDEN), torch.randn(2, 3, IN), torch.ones(2, 9)
+    hidden, mask = torch.randn(2, 9, HIDDEN), torch.ones(2, 9)
     sums = generator.sums(hidden, mask)
     normalized = generator.normalized(sums)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(generator.sums(hidden, mask), sums)
         assert torch.equal(generator.normalized(sums), normalized)
-        found = generator.change(x, normalized)
-    assert found.dtype == torch.float32

@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoder import decoder_of
-from ..errors import BaseMismatchError, UnsupportedModelError, UsageError
+from ..errors import BaseMismatchError, DataError, UnsupportedModelError, UsageError
 from ..fingerprint import fingerprint
 from . import saving
 from .config import GenerativeAdapterConfig
@@ -85,6 +85,8 @@ class GenerativeAdapter(nn.Module):
     def read_ids(self, chunks: Iterable[Sequence[int]], *, state: AdapterState | None = None) -> AdapterState:
         """Read one text that is token ids already, in chunks as the base is to see them; otherwise as `read`."""
         listed = [list(chunk) for chunk in chunks]
+        if not all(listed) or not listed:
+            raise DataError("There are no token ids to read, or none in one of the chunks. Give chunks with some.")
         name = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
         return self._read(((chunk, len(chunk)) for chunk in listed), lambda: name, state)
 
