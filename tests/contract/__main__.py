@@ -27,15 +27,15 @@ import transformers
 from twinweave.files import write_json_atomic, write_text_atomic
 from twinweave.progress import say
 
-from . import architectures, peft_types, table
-from .checks import CHECKS, refusal, run_check, said
+from . import architectures, checks, genadapter_checks, peft_types, table
 
-# Each grid: the names of its subjects, and what makes one of a name.
-GRIDS: dict[str, tuple[tuple[str, ...], Any]] = {
-    "architectures": (architectures.NAMES, architectures.subject),
-    "slim": (architectures.NAMES, architectures.slim_subject),
-    "peft": (peft_types.TYPES, peft_types.subject),
-    "lora": (peft_types.LORAS, peft_types.subject),
+# Each grid: the names of its subjects, what makes one of a name, and the module with what they are put to.
+GRIDS: dict[str, tuple[tuple[str, ...], Any, Any]] = {
+    "architectures": (architectures.NAMES, architectures.subject, checks),
+    "slim": (architectures.NAMES, architectures.slim_subject, checks),
+    "peft": (peft_types.TYPES, peft_types.subject, checks),
+    "lora": (peft_types.LORAS, peft_types.subject, checks),
+    "genadapter": (architectures.NAMES, genadapter_checks.subject, genadapter_checks),
 }
 DOCS = Path(__file__).parents[2] / "docs"
 CPU_LIMIT, LIMIT = 150, 900.0  # seconds for one subject: of work, and on the clock
@@ -45,17 +45,17 @@ PACKAGES = ("torch", "transformers", "peft")
 
 def judge(grid: str, name: str) -> dict[str, Any]:
     """Everything about one subject: why it is refused, or a result for every check."""
-    make = GRIDS[grid][1]
+    _, make, judges = GRIDS[grid]
     try:
         subject = make(name)
-        reason = refusal(subject)
+        reason = judges.refusal(subject)
     except Exception as error:  # the base itself cannot be made, or the library fails while wrapping
-        return {"broken": said(error)}
+        return {"broken": checks.said(error)}
     if reason is not None:
         return {"refused": reason}
     results: dict[str, Any] = {}
-    for check in CHECKS:
-        results[check] = asdict(run_check(check, subject))
+    for check in judges.CHECKS:
+        results[check] = asdict(judges.run_check(check, subject))
         if check == "base runs" and results[check]["status"] != "pass":
             break
     return {"checks": results}
@@ -146,7 +146,7 @@ def _run_grid(grid: str, given: argparse.Namespace) -> None:
 
     run_all(grid, names, given.jobs, take)
     write_text_atomic(
-        given.out / "compatibility.md", table.page(found, {grid: len(names) for grid, (names, _) in GRIDS.items()})
+        given.out / "compatibility.md", table.page(found, {grid: len(names) for grid, (names, *_) in GRIDS.items()})
     )
 
 

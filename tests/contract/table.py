@@ -1,9 +1,10 @@
 """The page that says what works: made from the grid's findings. Knows nothing about how they were found."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
-from .checks import CHECKS
+from . import checks, genadapter_checks
 
 Finding = dict[str, Any]
 TITLES = {
@@ -11,6 +12,7 @@ TITLES = {
     "slim": "Architectures with SLIM",
     "peft": "PEFT types",
     "lora": "LoRA in its variants",
+    "genadapter": "Architectures with a generated adapter",
 }
 INTRODUCTION = {
     "architectures": "Every model type in transformers' causal-LM mapping, as a tiny model with random weights, with "
@@ -20,6 +22,8 @@ INTRODUCTION = {
     "peft": "Every PEFT type, and SLIM, on a tiny Llama with random weights.",
     "lora": "On the same Llama. PiSSA, OLoRA, CorDA and LoRA-GA are compared with PEFT's own in the library's tests: "
     "there the base's weights change, here they do not, and the two agree up to rounding.",
+    "genadapter": "The models of the first table with a GenerativeAdapter that is away from its start, put to "
+    f"{len(genadapter_checks.CHECKS)} checks of their own, listed last; with the layers that it adapts by default.",
 }
 
 
@@ -44,8 +48,9 @@ def reasons(finding: Finding) -> str:
         if word in finding:
             return str(finding[word])
     failed, other = _of_status(finding, "fail"), _of_status(finding, "n/a")
-    parts = [f"{', '.join(checks)}: {note}" for note, checks in failed.items()]
-    parts += [f"{', '.join(checks)} n/a ({note})" for note, checks in other.items()]
+    parts = [layers] if (layers := finding["checks"].get("layers found", {}).get("note")) and not failed else []
+    parts += [f"{', '.join(names)}: {note}" for note, names in failed.items()]
+    parts += [f"{', '.join(names)} n/a ({note})" for note, names in other.items()]
     return "; ".join(parts)
 
 
@@ -57,15 +62,18 @@ def page(found: dict[str, Any], totals: dict[str, int]) -> str:
         "",
         f"Written by `make contract` ({versions}).",
         "",
-        f"Each row is put to {len(CHECKS)} checks, listed below. **pass**: every check that applies holds. **n/a**: a "
-        "check does not apply; where it says *upstream*, the base alone or plain PEFT breaks the same promise, found "
-        "by the same measurement without twinweave. **refused**: wrapping raises an error with this reason. **not "
-        "checked**: the base alone, or plain PEFT over it, does not run or learn.",
+        f"Each row is put to {len(checks.CHECKS)} checks, listed below. **pass**: every check that applies holds. "
+        "**n/a**: a check does not apply; where it says *upstream*, the base alone or plain PEFT breaks the same "
+        "promise, found by the same measurement without twinweave. **refused**: wrapping raises an error with this "
+        "reason. **not checked**: the base alone, or plain PEFT over it, does not run or learn.",
     ]
     for grid, total in totals.items():
         if grid in found:
             lines += _section(grid, found[grid], total)
-    return "\n".join([*lines, *_legend(), ""])
+    lines += _legend("Checks", checks.CHECKS)
+    if "genadapter" in found:
+        lines += _legend("Checks of generated adapters", genadapter_checks.CHECKS)
+    return "\n".join([*lines, ""])
 
 
 def _section(grid: str, rows: dict[str, Finding], total: int) -> list[str]:
@@ -83,9 +91,9 @@ def _section(grid: str, rows: dict[str, Finding], total: int) -> list[str]:
     ]
 
 
-def _legend() -> list[str]:
-    described = ((name, (check.__doc__ or "").split("\n\n")[0]) for name, check in CHECKS.items())
-    return ["", "## Checks", "", *(f"- **{name}**: {' '.join(text.split())}" for name, text in described)]
+def _legend(title: str, judges: Mapping[str, Any]) -> list[str]:
+    described = ((name, (check.__doc__ or "").split("\n\n")[0]) for name, check in judges.items())
+    return ["", f"## {title}", "", *(f"- **{name}**: {' '.join(text.split())}" for name, text in described)]
 
 
 def _of_status(finding: Finding, status: str) -> dict[str, list[str]]:

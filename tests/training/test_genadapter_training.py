@@ -16,7 +16,7 @@ from twinweave.genadapter import GenerativeAdapter, GenerativeAdapterConfig
 from twinweave.methods import get_method
 from twinweave.training import TwinweaveTrainer, fit, load_base, load_recipe, load_tokenizer, load_training_data
 
-SETTINGS = {"state_size": 8, "rank": 8, "chunk_size": 4, "scale": 0.5, "key_offsets": [-1, 0]}
+SETTINGS = {"state_size": 8, "rank": 8, "chunk_size": 4, "scale": 0.5, "token_gate": True, "topic_key": True}
 
 
 @pytest.fixture(scope="module")

@@ -18,12 +18,12 @@ from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoder import decoder_of
-from ..errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
+from ..errors import BaseMismatchError, DamagedFileError, DataError, UnsupportedModelError, UsageError
 from ..fingerprint import fingerprint
 from . import saving
 from .config import GenerativeAdapterConfig
 from .generator import Generator, gathered
-from .passes import attach, listening, remove
+from .passes import attach, checkpointing, listening, remove
 from .state import AdapterState, fixed_point
 from .targets import find_targets
 from .text import chunks_of, digest_and_pieces
@@ -59,6 +59,7 @@ class GenerativeAdapter(nn.Module):
             self._of_block.setdefault(target.block, []).append(index)
         self._tokenizer = tokenizer
         self._kept: list[RemovableHandle] = []
+        self._checkpointed: list[RemovableHandle] = []
         self._fingerprint: tuple[Any, str] | None = None
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -84,6 +85,8 @@ class GenerativeAdapter(nn.Module):
     def read_ids(self, chunks: Iterable[Sequence[int]], *, state: AdapterState | None = None) -> AdapterState:
         """Read one text that is token ids already, in chunks as the base is to see them; otherwise as `read`."""
         listed = [list(chunk) for chunk in chunks]
+        if not all(listed) or not listed:
+            raise DataError("There are no token ids to read, or none in one of the chunks. Give chunks with some.")
         name = hashlib.sha256(json.dumps(listed).encode()).hexdigest()
         return self._read(((chunk, len(chunk)) for chunk in listed), lambda: name, state)
 
@@ -216,9 +219,11 @@ class GenerativeAdapter(nn.Module):
     def train(self, mode: bool = True) -> "GenerativeAdapter":
         """As in torch, but for the base, which stays in evaluation mode: its dropout would blur what is read."""
         remove(self._kept)
+        remove(self._checkpointed)
         super().train(mode)
-        # transformers checkpoints only what is in training mode
-        self.base.train(mode and getattr(self.base, "is_gradient_checkpointing", False))
+        self.base.eval()
+        if mode and getattr(self.base, "is_gradient_checkpointing", False):
+            self._checkpointed = checkpointing(self.base)
         return self
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
@@ -306,6 +311,7 @@ class GenerativeAdapter(nn.Module):
 
     def _chunk_sums(self, ids: Tensor, mask: Tensor) -> list[Tensor]:
         """S of each chunk in each layer, [C, d_r, d_r], read by the base as it is now; with gradients where wanted."""
+        ids, mask = _padded_last(ids, mask)
         sums: list[Any] = [0.0] * len(self.targets)
         wanted = torch.is_grad_enabled()
 
@@ -376,6 +382,12 @@ def _low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     if len(a) == 1:
         return (x.to(a.dtype) @ a[0].T) @ b[0].T
     return (x.to(a.dtype) @ a.mT) @ b.mT
+
+
+def _padded_last(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Chunks [C, M] with all padding behind their tokens, where no token sees it and none is counted before them."""
+    order = (mask == 0).long().argsort(dim=1, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
 
 
 def _decoder(base: PreTrainedModel) -> nn.Module:

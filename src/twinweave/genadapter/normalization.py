@@ -31,7 +31,7 @@ def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
     The gradient of a decomposition has 1/(σᵢ - σⱼ) and 1/σᵢ in it and explodes where singular values meet or vanish;
     that of a polynomial does not. Directions with σ below about 3.4^-steps of the Frobenius norm are not grown to 1.
     """
-    x = matrix / (torch.linalg.matrix_norm(matrix, keepdim=True) + torch.finfo(matrix.dtype).tiny)
+    x = matrix / _norm(matrix)
     for step in range(steps):
         a, b, c = _GROW if step < steps - _SETTLING_STEPS else _SETTLE
         gram = x @ x.mT
@@ -41,5 +41,11 @@ def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
 
 def frobenius(matrix: Tensor) -> Tensor:
     """`matrix` [..., n, n] divided by its Frobenius norm, times √n, the norm of an orthogonal matrix; 0 stays 0."""
+    return matrix * (matrix.shape[-1] ** 0.5 / _norm(matrix))
+
+
+def _norm(matrix: Tensor) -> Tensor:
+    """The Frobenius norm [..., 1, 1], infinite where it is 0: a state that has read nothing stays 0, as does its gradient,
+    where a tiny divisor would make it infinite."""
     norm = torch.linalg.matrix_norm(matrix, keepdim=True)
-    return matrix * (matrix.shape[-1] ** 0.5 / norm.clamp_min(torch.finfo(matrix.dtype).tiny))
+    return norm.masked_fill(norm == 0, torch.inf)

@@ -1,5 +1,5 @@
-"""The two things that are done to a base while it runs: listening to what its blocks are given, and adding to what its
-linear layers put out.
+"""What is done to a base while it runs: listening to what its blocks are given, adding to what its linear layers put
+out, and running blocks again in the backward pass.
 
 Nothing of the base is changed, and nothing stays behind. Knows nothing about states, texts or training.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UnsupportedModelError, UsageError
 from .targets import Source, Target, in_rows
@@ -93,6 +94,29 @@ def attach(targets: Sequence[Target], changes: Sequence[Change], states: int) ->
 def _sources(targets: Sequence[Target]) -> list[tuple[nn.Module, Source]]:
     """Each block once, and where it is given its states."""
     return list({target.block: target.source for target in targets}.items())
+
+
+def checkpointing(base: nn.Module) -> list[RemovableHandle]:
+    """Let the blocks of a base in evaluation mode run again in the backward pass, until the handles are removed.
+
+    transformers asks for training mode before it does so, and with that mode comes dropout. Here a block is in training
+    mode when it is called, and in evaluation mode while it runs.
+    """
+    blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
+    handles = []
+    for block in blocks:
+        block.training = True
+        handles.append(block.register_forward_pre_hook(_in_evaluation))
+        handles.append(block.register_forward_hook(_in_training, always_call=True))
+    return handles
+
+
+def _in_evaluation(block: nn.Module, args: tuple[Any, ...]) -> None:
+    block.training = False
+
+
+def _in_training(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    block.training = True
 
 
 def remove(handles: list[RemovableHandle]) -> None:

@@ -65,16 +65,21 @@ def blocks_of_text(pieces: Iterable[str]) -> Iterator[str]:
 
 def _pieces(text: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
     if isinstance(text, str):
-        yield text
+        yield from (text[start : start + _PIECE] for start in range(0, len(text), _PIECE))
     elif isinstance(text, os.PathLike):
         path = Path(text)
         try:
-            with path.open(encoding="utf-8-sig") as file:
+            with path.open(encoding="utf-8-sig", newline="") as file:
                 while piece := file.read(_PIECE):
                     yield piece
         except OSError as error:
             raise DataError(f"The text {path} cannot be read ({error.strerror}). Check the path.") from error
         except UnicodeDecodeError as error:
             raise DataError(f"{path} is not UTF-8 text ({error.reason}). Save it as UTF-8.") from error
+    elif isinstance(text, bytes) or not isinstance(text, Iterable):
+        raise DataError(f"A text cannot be a {type(text).__name__}. Give a str, a path, or the pieces of one text.")
     else:
-        yield from text
+        for piece in text:
+            if not isinstance(piece, str):
+                raise DataError(f"A piece of the text is a {type(piece).__name__}. Give pieces that are str.")
+            yield from _pieces(piece)
