@@ -8,6 +8,16 @@ from .corda import corda_model
 from .distillation import lwf
 from .own_adapters import oft_model, osf_model
 from .penalties import ewc, l2_sp
-from .rehearsed import adapter_rehearsal, replay
+from .rehearsed import adapter_rehearsal, reader_rehearsal, replay
 
-__all__ = ["adapter_rehearsal", "corda_model", "ewc", "l2_sp", "lwf", "oft_model", "osf_model", "replay"]
+__all__ = [
+    "adapter_rehearsal",
+    "corda_model",
+    "ewc",
+    "l2_sp",
+    "lwf",
+    "oft_model",
+    "osf_model",
+    "reader_rehearsal",
+    "replay",
+]

@@ -3,7 +3,7 @@
 Knows nothing about data, training loops or scores.
 """
 
-from ..baselines import adapter_rehearsal, corda_model, ewc, l2_sp, lwf, oft_model, osf_model, replay
+from ..baselines import adapter_rehearsal, corda_model, ewc, l2_sp, lwf, oft_model, osf_model, reader_rehearsal, replay
 from ..errors import RecipeError, UsageError, unknown_name
 from ..rehearsal import gate_rehearsal
 from .building import load_plain, load_reading, load_woven, own, plain, reading, slim, woven, woven_slim
@@ -116,8 +116,9 @@ METHODS: dict[str, Method] = {
         Method("imsm_slim", "IMSM over SLIM", "IMSM whose enhanced memory is SLIM, with the recipe's rehearsal.",
                woven_slim, load_woven, term=gate_rehearsal, rehearses="if on", guarded=True),
         Method("generative_adapter", "GenerativeAdapter",
-               "A generator that turns what it reads into an adapter, in one pass; the question comes without it.",
-               reading, load_reading, reads=True),
+               "A generator that turns what it reads into an adapter, with the recipe's rehearsal; its questions come "
+               "without the text.",
+               reading, load_reading, term=reader_rehearsal, rehearses="if on", reads=True),
     )
 }  # fmt: skip
 

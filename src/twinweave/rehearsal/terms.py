@@ -44,7 +44,7 @@ class Materials:
         return self.rehearsal
 
 
-MakeTerm = Callable[[PeftModel, Materials], Term | None]
+MakeTerm = Callable[[Any, Materials], Term | None]
 
 
 def gate_rehearsal(model: PeftModel, materials: Materials) -> Term | None:
