@@ -290,7 +290,7 @@ def test_offsets_of_keys(make_reader, tokens, offsets):
 def test_layers_by_name_and_bases_that_are_refused(make_reader, make_base):
     reader = make_reader(target_modules=["down_proj", "q_proj"])
     assert {t.name.rsplit(".", 1)[-1] for t in reader.targets} == {"down_proj", "q_proj"}
-    with pytest.raises(UnsupportedModelError, match="called are .*o_proj"):
+    with pytest.raises(UnsupportedModelError, match=r"called are .*o_proj"):
         make_reader(target_modules=["none"])
     with pytest.raises(UnsupportedModelError, match="language-model head"):
         GenerativeAdapter(make_base().model, GenerativeAdapterConfig(state_size=4, rank=2))
