@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+from itertools import pairwise
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_streaming_is_the_batch_bit_for_bit(shared, tmp_path):
     @given(cuts=st.lists(st.integers(0, len(TEXTS[0])), max_size=5).map(sorted))
     def check(cuts):
         ends = [0, *cuts, len(TEXTS[0])]
-        pieces = (TEXTS[0][a:b] for a, b in zip(ends, ends[1:], strict=False))
+        pieces = (TEXTS[0][a:b] for a, b in pairwise(ends))
         assert reader.read(pieces) == states[0]
 
     check()
@@ -86,7 +87,7 @@ def test_what_was_never_read_cannot_be_forgotten(shared):
 
 
 def test_states_of_other_generators_are_refused(shared, make_reader, tokens):
-    reader, (a, *_) = shared
+    _, (a, *_) = shared
     others = [make_reader(seed=8), make_reader(rank=4)]
     retrained = make_reader()
     stale = retrained.read(TEXTS[0])

@@ -45,7 +45,7 @@ def frobenius(matrix: Tensor) -> Tensor:
 
 
 def _norm(matrix: Tensor) -> Tensor:
-    """The Frobenius norm [..., 1, 1], infinite where it is 0: a state that has read nothing stays 0, as does its
-    gradient, where a tiny divisor would make it infinite."""
+    """The Frobenius norm [..., 1, 1], infinite where it is 0: a state that has read nothing stays 0, and so does its
+    gradient, which a tiny divisor would make infinite."""
     norm = torch.linalg.matrix_norm(matrix, keepdim=True)
     return norm.masked_fill(norm == 0, torch.inf)
