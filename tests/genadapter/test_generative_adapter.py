@@ -279,9 +279,9 @@ def test_training_lowers_the_loss_and_leaves_the_base(make_reader, make_base, to
     assert all(torch.equal(tensor, base[name]) for name, tensor in reader.base.state_dict().items())
 
 
-@pytest.mark.parametrize("offsets", [[0], [-1, 0], [-20, 0, 20]])
-def test_offsets_of_keys(make_reader, tokens, offsets):
-    reader = make_reader(key_offsets=offsets)
+@pytest.mark.parametrize("extra", ["token_gate", "topic_key"])
+def test_beyond_the_paper(make_reader, tokens, extra):
+    reader = make_reader(**{extra: True})
     live = logits(reader, tokens(1, 5), context_ids=tokens(1, 8, 3))
     with reader.adapted(reader.read_ids(tokens(1, 8, 3).tolist())):
         torch.testing.assert_close(logits(reader, tokens(1, 5)), live, rtol=1e-4, atol=1e-4)

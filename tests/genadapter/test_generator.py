@@ -70,12 +70,6 @@ def test_frobenius_in_the_place_of_the_decomposition():
     torch.testing.assert_close(generator.change(x, generator.normalized(sums[None])), x @ (b @ a).T)
 
 
-def test_a_shift_takes_what_stands_so_many_places_behind():
-    states = torch.arange(1.0, 4.0).view(1, 3, 1)
-    shifted = {offset: _shifted(states, offset).flatten().tolist() for offset in (-4, -1, 0, 1, 4)}
-    assert shifted == {-4: [0, 0, 0], -1: [0, 1, 2], 0: [1, 2, 3], 1: [2, 3, 0], 4: [0, 0, 0]}
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("extras", EXTRAS)
 def test_padding_may_hold_anything(extras):

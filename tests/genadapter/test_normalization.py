@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twinweave.genadapter.normalization import frobenius, newton_schulz, orthogonal_factors
+from twinweave.genadapter.normalization import frobenius, leading_directions, newton_schulz, orthogonal_factors
 
 
 def matrix_of_rank(n, rank, seed, spread=1.0):
@@ -62,6 +62,26 @@ def test_the_gradient_of_the_iteration_is_finite(matrix):
     matrix.grad = None
     frobenius(matrix).sum().backward()
     assert torch.isfinite(matrix.grad).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(rank=st.integers(1, 7), seed=st.integers(0, 999))
+def test_training_cuts_to_the_directions_that_reading_keeps(rank, seed):
+    made = torch.Generator().manual_seed(seed)
+    u, v = (torch.linalg.qr(torch.randn(8, 8, generator=made)).Q for _ in range(2))
+    sigma = torch.tensor([1.0] * rank + [0.05] * (8 - rank))
+    matrix = (u * sigma) @ v.T
+    q = leading_directions(matrix, rank)
+    assert torch.equal(q, leading_directions(matrix, rank))
+    torch.testing.assert_close(q.T @ q, torch.eye(rank), rtol=0, atol=1e-5)
+    exact_u, exact_v = orthogonal_factors(matrix, rank, 1e-5)
+    torch.testing.assert_close(q @ newton_schulz(q.T @ matrix, 12), exact_u @ exact_v.T, rtol=0, atol=1e-3)
+
+
+def test_a_matrix_of_nothing_has_directions_too_and_stays_nothing():
+    q = leading_directions(torch.zeros(2, 6, 6), 2)
+    assert torch.isfinite(q).all()
+    assert not (q @ newton_schulz(q.mT @ torch.zeros(2, 6, 6), 12)).any()
 
 
 def test_frobenius_keeps_proportions():

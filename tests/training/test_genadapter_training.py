@@ -121,7 +121,7 @@ def test_what_a_checkpoint_weighs_and_what_is_counted(world, tmp_path, monkeypat
     assert "model.safetensors" not in files  # the base stays where it is
     batch = ContextCollator(tokenizer)(list(data.train))
     assert tokens == int(batch["attention_mask"].sum() + batch["context_mask"].sum())
-    per_layer = 32 + 2 * 8 * 32 + 8 * 32 + 8 * 32 + 32 * 8
+    per_layer = 32 + 4 * 8 * 32 + 32 * 8 + 33
     assert training.trainable_parameters == 2 * per_layer
 
 
@@ -164,7 +164,7 @@ def test_a_generator_learns_on(world, tmp_path):
         "generative_adapter": {"path": path}
     })  # fmt: skip
     assert on.chunk_size == 4
-    assert ("method generative_adapter", "2,624 parameters to train") in check_recipe(on)
+    assert ("method generative_adapter", "2,690 parameters to train") in check_recipe(on)
     run(on, tmp_path / "second")
     before, after = (load_file(tmp_path / f / "best" / "generator.safetensors") for f in ("first", "second"))
     assert all(torch.allclose(tensor, after[name], atol=1e-6) for name, tensor in before.items())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .config import GenerativeAdapterConfig
-from .normalization import frobenius, newton_schulz, orthogonal_factors
+from .normalization import frobenius, leading_directions, newton_schulz, orthogonal_factors
 
 _EPS = 1e-6
 
@@ -56,7 +56,10 @@ class Generator(nn.Module):
             if self.config.normalization == "frobenius":
                 return frobenius(sums)
             if self.training:
-                return newton_schulz(sums, self.config.newton_schulz_steps)
+                if self.config.rank == self.config.state_size:
+                    return newton_schulz(sums, self.config.newton_schulz_steps)
+                q = leading_directions(sums, self.config.rank)  # what reading will keep
+                return q @ newton_schulz(q.mT @ sums, self.config.newton_schulz_steps)
             u, v = orthogonal_factors(sums, self.config.rank, self.config.tolerance)
             return u @ v.mT
 

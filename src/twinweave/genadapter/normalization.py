@@ -11,6 +11,7 @@ from torch import Tensor
 _GROW = (3.4445, -4.7750, 2.0315)
 _SETTLE = (15 / 8, -10 / 8, 3 / 8)
 _SETTLING_STEPS = 3
+_SUBSPACE_STEPS = 2
 
 
 def orthogonal_factors(matrix: Tensor, rank: int, tolerance: float) -> tuple[Tensor, Tensor]:
@@ -26,7 +27,7 @@ def orthogonal_factors(matrix: Tensor, rank: int, tolerance: float) -> tuple[Ten
 
 
 def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
-    """The polar factor of `matrix` [..., n, n] by an iteration of matrix products, for training.
+    """The polar factor of `matrix` [..., m, n], m ≤ n, by an iteration of matrix products, for training.
 
     The gradient of a decomposition has 1/(σᵢ - σⱼ) and 1/σᵢ in it and explodes where singular values meet or vanish;
     that of a polynomial does not. Directions with σ below about 3.4^-steps of the Frobenius norm are not grown to 1.
@@ -37,6 +38,21 @@ def newton_schulz(matrix: Tensor, steps: int) -> Tensor:
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x
+
+
+@torch.no_grad()
+def leading_directions(matrix: Tensor, rank: int) -> Tensor:
+    """Q [..., n, rank] with orthonormal columns, which span about the `rank` largest directions of the columns of
+    `matrix` [..., n, n]; a constant for the gradient.
+
+    Subspace iteration from a fixed start, so that the same matrix gives the same Q. Q·polar(Qᵀ S) is then the polar
+    factor cut to these directions, at rank/n of the cost.
+    """
+    start = torch.randn(matrix.shape[-1], rank, generator=torch.Generator().manual_seed(0)).to(matrix)
+    q = torch.linalg.qr(matrix @ start).Q
+    for _ in range(_SUBSPACE_STEPS):
+        q = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ q).Q).Q
+    return q
 
 
 def frobenius(matrix: Tensor) -> Tensor:
