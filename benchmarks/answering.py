@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("readers", type=Path, nargs="*", help="folders of saved generators, one for each seed")
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--documents", type=int, nargs="+", default=list(DOCUMENTS))
-    parser.add_argument("--rate", type=float, default=2e-3, help="of the LoRA on the documents")
+    parser.add_argument("--rate", type=float, default=1e-2, help="of the LoRA on the documents")
     parser.add_argument("--epochs", type=int, default=40, help="of the LoRA on the documents")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=FOLDER / "pocket.json")
