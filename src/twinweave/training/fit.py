@@ -160,7 +160,7 @@ def _frozen_folder(section: TrainingSection, folder: Path) -> Path:
 
 def _term(method: Method, model: Model, materials: Materials, store: Callable[..., FrozenStore | None]) -> Term | None:
     """What the method adds to the loss; `store` makes one of rehearsed rows, where it is worth it."""
-    if method.term is None or not isinstance(model, PeftModel):
+    if method.term is None:
         return None
     if (general := materials.rehearsal) is not None:
         readings = materials.steps / general.settings.every * general.batch_size / len(general.rows)
