@@ -287,6 +287,32 @@ def test_beyond_the_paper(make_reader, tokens, extra):
         torch.testing.assert_close(logits(reader, tokens(1, 5)), live, rtol=1e-4, atol=1e-4)
 
 
+def test_nothing_is_read_and_no_other_state_answers_within_adapted(make_reader, tokens):
+    reader = make_reader()
+    a, b = (reader.read_ids(tokens(1, 8, seed).tolist()) for seed in (1, 2))
+    with reader.adapted(a):
+        for forbidden in (
+            lambda: reader.read_ids(tokens(1, 4).tolist()),
+            lambda: reader(input_ids=tokens(1, 4), context_ids=tokens(1, 4)),
+            lambda: reader.adapted(b).__enter__(),
+        ):
+            with pytest.raises(UsageError, match="within adapted"):
+                forbidden()
+    with reader.adapted(b):  # and all is as before
+        pass
+
+
+def test_a_state_is_decomposed_once(make_reader, tokens, monkeypatch):
+    reader, made = make_reader(), []
+    fresh = reader.read_ids(tokens(1, 8, 3).tolist())
+    own = reader._factors_of
+    monkeypatch.setattr(reader, "_factors_of", lambda sums: made.append(1) or own(sums))
+    for _ in range(3):
+        with reader.adapted([fresh, fresh]):
+            pass
+    assert made == [1]
+
+
 def test_layers_by_name_and_bases_that_are_refused(make_reader, make_base):
     reader = make_reader(target_modules=["down_proj", "q_proj"])
     assert {t.name.rsplit(".", 1)[-1] for t in reader.targets} == {"down_proj", "q_proj"}

@@ -58,6 +58,7 @@ class GenerativeAdapter(nn.Module):
         for index, target in enumerate(self.targets):
             self._of_block.setdefault(target.block, []).append(index)
         self._tokenizer = tokenizer
+        self._answering = False
         self._kept: list[RemovableHandle] = []
         self._checkpointed: list[RemovableHandle] = []
         self._fingerprint: tuple[Any, str] | None = None
@@ -93,6 +94,7 @@ class GenerativeAdapter(nn.Module):
     def _read(
         self, chunks: Iterable[tuple[list[int], int]], digest: Callable[[], str], state: AdapterState | None
     ) -> AdapterState:
+        self._refuse_within_adapted("A text is read")
         before = self.empty_state() if state is None else state
         self.check_state(before)
         total = {name: tensor.clone() for name, tensor in before.sums.items()}
@@ -145,18 +147,21 @@ class GenerativeAdapter(nn.Module):
         states = [state] if isinstance(state, AdapterState) else list(state)
         if not states:
             raise UsageError("adapted() got no state. Use reader.empty_state() for having read nothing.")
-        for one in states:
-            self.check_state(one)
+        self._refuse_within_adapted("Another state is answered from")
         remove(self._kept)
         handles: list[RemovableHandle] = []
         if not all(one.is_empty for one in states):
-            factors = {id(one): self._factors_of(one.sums) for one in {id(one): one for one in states}.values()}
-            layers = zip(*(factors[id(one)] for one in states), strict=True)
+            layers = zip(*(self.lora_factors(one).values() for one in states), strict=True)
             stacked = [(torch.stack([a for a, _ in layer]), torch.stack([b for _, b in layer])) for layer in layers]
             handles = self._attach_factors(stacked)
+        else:
+            for one in states:
+                self.check_state(one)
+        self._answering = True
         try:
             yield self
         finally:
+            self._answering = False
             remove(handles)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -199,6 +204,7 @@ class GenerativeAdapter(nn.Module):
         remove(self._kept)
         if context_ids is None:
             return self.base(*args, **kwargs)
+        self._refuse_within_adapted("A context is read")
         mask = torch.ones_like(context_ids) if context_mask is None else context_mask
         if reads is None:
             reads = torch.eye(len(context_ids), device=context_ids.device)
@@ -211,7 +217,7 @@ class GenerativeAdapter(nn.Module):
         try:
             return self.base(*args, **kwargs)
         finally:
-            if torch.is_grad_enabled() and getattr(self.base, "is_gradient_checkpointing", False):
+            if torch.is_grad_enabled() and self._checkpoints:
                 self._kept = handles  # backward runs the blocks again; the next call removes them
             else:
                 remove(handles)
@@ -222,9 +228,15 @@ class GenerativeAdapter(nn.Module):
         remove(self._checkpointed)
         super().train(mode)
         self.base.eval()
-        if mode and getattr(self.base, "is_gradient_checkpointing", False):
+        if mode and self._checkpoints:
             self._checkpointed = checkpointing(self.base)
         return self
+
+    @property
+    def _checkpoints(self) -> bool:
+        # its name from transformers 5.23 on, and before
+        names = ("is_activation_checkpointing", "is_gradient_checkpointing")
+        return bool(next((getattr(self.base, name) for name in names if hasattr(self.base, name)), False))
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The base's own, whose blocks then run again in the backward pass."""
@@ -268,7 +280,10 @@ class GenerativeAdapter(nn.Module):
     def lora_factors(self, state: AdapterState) -> dict[str, tuple[Tensor, Tensor]]:
         """What `state` stands for: name of an adapted layer -> A [r, in] and B [out, r], a LoRA of scaling 1."""
         self.check_state(state)
-        return {target.name: pair for target, pair in zip(self.targets, self._factors_of(state.sums), strict=True)}
+        known = (self.fingerprint(), self.base.device)
+        if state.factors is None or state.factors[0] != known:  # a large model's decompositions take seconds
+            state.factors = known, self._factors_of(state.sums)
+        return dict(zip((target.name for target in self.targets), state.factors[1], strict=True))
 
     def export_lora(
         self, state: AdapterState, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float32
@@ -306,6 +321,11 @@ class GenerativeAdapter(nn.Module):
                 digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
             self._fingerprint = versions, digest.hexdigest()[:16]
         return self._fingerprint[1]
+
+    def _refuse_within_adapted(self, what: str) -> None:
+        """The base would read through the adapter, and the state would depend on it."""
+        if self._answering:
+            raise UsageError(f"{what} within adapted(). End that block first; states add up with +.")
 
     # --- passes -----------------------------------------------------------------------------------------------------
 

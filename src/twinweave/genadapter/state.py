@@ -45,6 +45,8 @@ class AdapterState:
     tokens: int = 0
     additive: bool = True
     reader: "GenerativeAdapter | None" = field(default=None, repr=False)
+    factors: tuple[Any, list[tuple[Tensor, Tensor]]] | None = field(default=None, repr=False)
+    """The LoRA pairs of the layers, once they were needed, and what they were made by; never saved."""
 
     def __add__(self, other: "AdapterState") -> "AdapterState":
         """The state of having read both. Raises UsageError for states that do not add up."""
