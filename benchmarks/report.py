@@ -67,6 +67,12 @@ So that skipped work does not flatter SLIM, B is not zero, the clusters have see
 one, and γ is 0 unless the command says otherwise: distances are computed, but send no token to the identities.
 `to_identity` is the mean weight that these have all the same, `only_identity` the share of tokens with nothing else,
 and `skipped` the share of routings in which that holds for every token, so that the experts are not computed.""",
+    "reading": """## GenerativeAdapter
+
+`read`: a text into a state (`read`), and its matrices decomposed into the adapter too (`read_and_factors`, once before
+the first question), beside one forward of the base's decoder over the same chunks of 1,024 tokens (`base`). `decode`:
+per token of a greedy loop, prefill left out, of the base as it is and `adapted` to a text of 1,024 tokens. The adapter
+has rank 128 on the attention's output projections, from matrices of 1024 x 1024, as in the paper.""",
     "crossover": """## Stacked against two passes
 
 Below 1 the stacked pass is faster: where the ratio passes 1 is where `auto` should change over.""",

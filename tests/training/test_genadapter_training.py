@@ -102,6 +102,15 @@ def test_a_stopped_training_ends_as_if_it_had_not_been(world, tmp_path, monkeypa
     ]
 
 
+def test_what_is_rehearsed_reaches_the_generator(world, tmp_path):
+    on = {"sequences": 6, "length": 8, "batch_size": 3, "weight": 10.0}
+    for name, rehearsal in (("on", on), ("off", None)):
+        values = values_of(world, "contexts", training={"max_steps": 3})
+        train(load_recipe(values | {"rehearsal": rehearsal, "output": str(tmp_path / name)}))
+    on, off = (weights(tmp_path / name)["last"] for name in ("on", "off"))
+    assert not any(torch.equal(tensor, off[name]) for name, tensor in on.items() if name.endswith("output"))
+
+
 def test_what_a_checkpoint_weighs_and_what_is_counted(world, tmp_path, monkeypatch):
     recipe = load_recipe(values_of(world, "contexts", training={"max_steps": 1, "batch_size": 100}))
     tokenizer = load_tokenizer(recipe.base)
