@@ -56,10 +56,12 @@ def loss(model: Any, before: Sequence[int], said: Sequence[int]) -> float:
     return float(cross_entropy(logits, torch.tensor(said[1:])))
 
 
-def losses_of(text: str, reader: GenerativeAdapter, most: int) -> dict[Key, float]:
+def losses_of(text: str, other: str, reader: GenerativeAdapter, most: int) -> dict[Key, float]:
     """Mean loss in nats per token of the chunk that was read last, and of the one behind it, after 1 to `most` chunks:
-    (what is said, chunks read, how they were read) -> loss."""
+    (what is said, chunks read, how they were read) -> loss. `other`: a text to read in the place of this one, since an
+    adapter may help because it is in the style of any such text, and not because of what it has read."""
     found: dict[Key, float] = {}
+    stranger = reader.read(other)
     chunks = [ids for ids, _ in chunks_of([text], reader.tokenizer, reader.chunk_size)]
     state, read = reader.empty_state(), list[int]()
     for number in range(1, min(len(chunks), most + 1)):
@@ -70,6 +72,8 @@ def losses_of(text: str, reader: GenerativeAdapter, most: int) -> dict[Key, floa
                 continue
             with reader.adapted(state):
                 found[kind, number, "adapter"] = loss(reader.base, [], said)
+            with reader.adapted(stranger):
+                found[kind, number, "adapter of another text"] = loss(reader.base, [], said)
             found[kind, number, "nothing"] = loss(reader.base, [], said)
             found[kind, number, "prompt"] = loss(reader.base, read, said)
     return found
@@ -82,8 +86,9 @@ def score(args: Any) -> None:
     base = AutoModelForCausalLM.from_pretrained(args.base, dtype=torch.float32).eval()
     reader = GenerativeAdapter.from_pretrained(args.reader, base, tokenizer=tokenizer)
     losses: dict[Key, list[float]] = {}
-    for line in track(args.text.read_text(encoding="utf-8").splitlines(), "scoring"):
-        for key, value in losses_of(json.loads(line)["text"], reader, args.chunks).items():
+    texts = [json.loads(line)["text"] for line in args.text.read_text(encoding="utf-8").splitlines()]
+    for text, other in track(list(zip(texts, texts[1:] + texts[:1], strict=True)), "scoring"):
+        for key, value in losses_of(text, other, reader, args.chunks).items():
             losses.setdefault(key, []).append(value)
     rows = []
     for (kind, number, way), values in sorted(losses.items()):

@@ -83,12 +83,12 @@ real: Any = answering.RehearsalSettings
 
 def test_losses_on_text(reader: GenerativeAdapter) -> None:
     text = " ".join(answering.contexts(8, 0)[0][0])
-    losses = reading_text.losses_of(text, reader, 2)
+    losses = reading_text.losses_of(text, "Ada Abbot keeps a crab.", reader, 2)
     assert set(losses) == {
         (kind, number, way)
         for kind in ("reconstruction", "completion")
         for number in (1, 2)
-        for way in ("nothing", "prompt", "adapter")
+        for way in ("nothing", "prompt", "adapter", "adapter of another text")
     }
     assert losses["reconstruction", 1, "nothing"] != losses["reconstruction", 1, "adapter"]
 
