@@ -3,6 +3,7 @@
 Knows nothing about where documents and questions come from, or how answers are scored.
 """
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,7 @@ class Way:
 
 
 def ask(model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str]) -> list[str]:
-    """Greedy answers, one row at a time in length order; a prompt is never cut."""
+    """Greedy answers, sixteen rows at a time; a prompt is never cut."""
     ids = [encode_prompt(prompt, tokenizer, max_length=1 << 20)[0] for prompt in prompts]
     return generate_texts(model, tokenizer, ids, max_new_tokens=MAX_NEW_TOKENS, batch_size=16)
 
@@ -62,6 +63,9 @@ def plain_ways(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
         tokens = sum(len(text_ids(tokenizer, text)) for text in documents)
         return 2 * config.num_hidden_layers * width * tokens * next(base.parameters()).element_size()
 
+    def stored(documents: Sequence[str]) -> int:
+        return sum(len(text.encode()) for text in documents)
+
     def found(kept: tuple[Any, Any, Sequence[str]], questions: Sequence[Question]) -> list[str]:
         vectorizer, matrix, documents = kept
         scores = vectorizer.transform([question.text for question in questions]) @ matrix.T
@@ -75,8 +79,8 @@ def plain_ways(base: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> lis
     return [
         Way("nothing", list, lambda kept, questions: with_context([""] * len(questions), questions)),
         Way("prompt", list, lambda kept, questions: with_context([" ".join(kept)] * len(questions), questions), cached),
-        Way("right document", list, lambda kept, asked: with_context([kept[q.document] for q in asked], asked)),
-        Way("retrieval", index, found, lambda kept: sum(len(text.encode()) for text in kept[2])),
+        Way("right document", list, lambda kept, asked: with_context([kept[q.document] for q in asked], asked), stored),
+        Way("retrieval", index, found, lambda kept: stored(kept[2])),
     ]
 
 
@@ -84,11 +88,12 @@ def fine_tuned(
     load: Callable[[], PreTrainedModel], tokenizer: PreTrainedTokenizerBase, rate: float, epochs: int, seed: int
 ) -> Way:
     """LoRA (r 16, all linear layers) trained on the documents as text."""
+    base = load()
 
     def prepare(documents: Sequence[str]) -> Any:
         torch.manual_seed(seed)
         config = LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
-        model: Any = get_peft_model(load(), config).train()
+        model: Any = get_peft_model(copy.deepcopy(base), config).train()
         rows = [[*bos_ids(tokenizer), *text_ids(tokenizer, text), tokenizer.eos_token_id] for text in documents]
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate)
         for _ in range(epochs):

@@ -20,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from twinweave import GenerativeAdapter
+from twinweave.data.encode import bos_ids
 from twinweave.evaluation.statistics import bootstrap_ci95
 from twinweave.files import write_json_atomic, write_text_atomic
 from twinweave.genadapter.text import chunks_of
@@ -30,6 +31,7 @@ from .measure import provenance
 RESULT = Path(__file__).parent / "reading-text" / "small-en.json"
 TESTED = 5  # every so many articles of Wikipedia is kept for the test
 SHORTEST = 16  # tokens of a chunk that is scored
+FEWEST = 20  # texts of a mean that is shown
 Key = tuple[str, int, str]
 
 
@@ -50,10 +52,10 @@ def prepare(args: Any) -> None:
 
 @torch.no_grad()
 def loss(model: Any, before: Sequence[int], said: Sequence[int]) -> float:
-    """Nats per token of `said`, but for its first, behind `before`."""
+    """Nats per token of `said` behind `before`, of which there is at least the start of text."""
     ids = torch.tensor([[*before, *said]])
-    logits = model(input_ids=ids).logits[0, len(before) : -1].float()
-    return float(cross_entropy(logits, torch.tensor(said[1:])))
+    logits = model(input_ids=ids).logits[0, len(before) - 1 : -1].float()
+    return float(cross_entropy(logits, torch.tensor(said)))
 
 
 def losses_of(text: str, other: str, reader: GenerativeAdapter, most: int) -> dict[Key, float]:
@@ -63,18 +65,20 @@ def losses_of(text: str, other: str, reader: GenerativeAdapter, most: int) -> di
     found: dict[Key, float] = {}
     stranger = reader.read(other)
     chunks = [ids for ids, _ in chunks_of([text], reader.tokenizer, reader.chunk_size)]
-    state, read = reader.empty_state(), list[int]()
+    start = bos_ids(reader.tokenizer) or [int(reader.tokenizer.eos_token_id)]
+    texts = [chunk[len(bos_ids(reader.tokenizer)) :] for chunk in chunks]
+    state, read = reader.empty_state(), list(start)
     for number in range(1, min(len(chunks), most + 1)):
         state = state + reader.read_ids([chunks[number - 1]])
-        read += chunks[number - 1][1 if read else 0 :]
-        for kind, said in (("reconstruction", chunks[number - 1]), ("completion", chunks[number])):
+        read += texts[number - 1]
+        for kind, said in (("reconstruction", texts[number - 1]), ("completion", texts[number])):
             if len(said) < SHORTEST:
                 continue
             with reader.adapted(state):
-                found[kind, number, "adapter"] = loss(reader.base, [], said)
+                found[kind, number, "adapter"] = loss(reader.base, start, said)
             with reader.adapted(stranger):
-                found[kind, number, "adapter of another text"] = loss(reader.base, [], said)
-            found[kind, number, "nothing"] = loss(reader.base, [], said)
+                found[kind, number, "adapter of another text"] = loss(reader.base, start, said)
+            found[kind, number, "nothing"] = loss(reader.base, start, said)
             found[kind, number, "prompt"] = loss(reader.base, read, said)
     return found
 
@@ -92,10 +96,16 @@ def score(args: Any) -> None:
             losses.setdefault(key, []).append(value)
     rows = []
     for (kind, number, way), values in sorted(losses.items()):
-        gains = [value - bare for value, bare in zip(values, losses[kind, number, "nothing"], strict=True)]
+        if len(values) < FEWEST:
+            continue
+        gains, beside = (
+            [value - bare for value, bare in zip(values, losses[kind, number, other], strict=True)]
+            for other in ("nothing", "adapter of another text")
+        )
         row = {"kind": kind, "chunks": number, "way": way, "texts": len(values)}
         row |= {"loss": mean(values), "ci95": bootstrap_ci95(values, seed=0)}
         row |= {"against_nothing": mean(gains), "against_nothing_ci95": bootstrap_ci95(gains, seed=0)}
+        row |= {"against_another_text": mean(beside), "against_another_text_ci95": bootstrap_ci95(beside, seed=0)}
         rows.append(row)
         gain = f"{row['loss']:.3f} nats ({row['against_nothing']:+.3f})"
         say(f"{kind}, {number} chunks, {way}: {gain}, {len(values)} texts")
@@ -117,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     second.add_argument("reader", type=Path)
     second.add_argument("--base", type=Path, required=True)
     second.add_argument("--text", type=Path, required=True)
-    second.add_argument("--chunks", type=int, default=3, help="the most that are read")
+    second.add_argument("--chunks", type=int, default=2, help="the most that are read")
     second.add_argument("--threads", type=int, default=2)
     second.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args(argv)

@@ -97,11 +97,14 @@ def test_the_page(tmp_path: Path) -> None:
     cell = {"way": "nothing", "documents": 16, "accuracy": 0.25, "questions": 8, "bytes": 2048}
     cell |= dict.fromkeys(("document_seconds", "document_flops", "question_seconds", "question_flops"), 2e6)
     kept = {"base": {"sums": 1.0}, "GenerativeAdapter": {"sums": 0.75}}
-    seeds = [{"seed": 0, "curve": [cell], "retained": kept}]
+    cells = [{**cell, "way": way} for way in ("nothing", "prompt", "right document", "GenerativeAdapter")]
+    seeds = [{"seed": 0, "window": 256, "prompt_tokens": {"16": 500}, "curve": cells, "retained": kept}]
     made = {"date": "2026-01-01", "versions": {"torch": "1", "transformers": "2", "peft": "3"}, "device": "cpu"}
     result = {"provenance": {**made, "threads": 2, "command": "run"}, "seeds": seeds}
     (tmp_path / "world.json").write_text(json.dumps(result))
     page = answering_page.page(tmp_path)
     assert "| nothing | 25.0 |" in page
+    assert "| prompt | 25.0 * |" in page
+    assert "| GenerativeAdapter / right document | 100 % |" in page
     assert "| GenerativeAdapter | 25.0 | 75 |" in page
     assert "2 KiB" in page
