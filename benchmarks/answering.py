@@ -10,6 +10,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ FOLDER = Path(__file__).parent / "answering"
 DOCUMENTS = (1, 2, 4, 8, 16, 32)
 QUESTIONS = 16
 KEPT_OF = 16  # documents that are read before the base's own knowledge is asked for
+REHEARSED = "GenerativeAdapter, rehearsed"
 GATE_STEPS, GATE_RATE = 300, 5e-3
 
 Context = tuple[list[str], list[Question]]
@@ -152,6 +154,10 @@ def one_seed(path: Path, seed: int, args: Any) -> dict[str, Any]:
     imsm = train_gate(reader, seed)
     tuned = fine_tuned(load_base, tokenizer, args.rate, args.epochs, seed)
     ways = [*plain_ways(base, tokenizer), tuned, generated(reader), woven(reader, imsm)]
+    rehearsed = None
+    if seed < len(args.rehearsed):
+        rehearsed = GenerativeAdapter.from_pretrained(args.rehearsed[seed], base, tokenizer=tokenizer)
+        ways.append(replace(generated(rehearsed), name=REHEARSED))
     for way in ways:  # the first calls of anything take longer
         score_way(way, contexts(1, seed)[:2])
     curve, tokens = [], {}
@@ -166,6 +172,9 @@ def one_seed(path: Path, seed: int, args: Any) -> dict[str, Any]:
     kept = {"base": retained(base, tokenizer)}
     with reader.adapted(state):
         kept["GenerativeAdapter"] = retained(base, tokenizer)
+    if rehearsed is not None:
+        with rehearsed.adapted(generated(rehearsed).prepare(texts)):
+            kept[REHEARSED] = retained(base, tokenizer)
     put_in(imsm, reader, state)
     kept["GenerativeAdapter + IMSM"] = retained(imsm, tokenizer)
     kept["LoRA on the documents"] = retained(tuned.prepare(texts), tokenizer)
@@ -176,6 +185,7 @@ def one_seed(path: Path, seed: int, args: Any) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.answering", description=__doc__)
     parser.add_argument("readers", type=Path, nargs="*", help="folders of saved generators, one for each seed")
+    parser.add_argument("--rehearsed", type=Path, nargs="+", default=[], help="readers that rehearsed, for the seeds")
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--documents", type=int, nargs="+", default=list(DOCUMENTS))
     parser.add_argument("--rate", type=float, default=1e-2, help="of the LoRA on the documents")
