@@ -6,6 +6,7 @@ neither the base nor the readers have ever met: docs/genadapter-results.md.
 """
 
 import argparse
+import json
 import random
 import sys
 import time
@@ -155,8 +156,8 @@ def one_seed(path: Path, seed: int, args: Any) -> dict[str, Any]:
     tuned = fine_tuned(load_base, tokenizer, args.rate, args.epochs, seed)
     ways = [*plain_ways(base, tokenizer), tuned, generated(reader), woven(reader, imsm)]
     rehearsed = None
-    if seed < len(args.rehearsed):
-        rehearsed = GenerativeAdapter.from_pretrained(args.rehearsed[seed], base, tokenizer=tokenizer)
+    if (place := seed - args.first_seed) < len(args.rehearsed):
+        rehearsed = GenerativeAdapter.from_pretrained(args.rehearsed[place], base, tokenizer=tokenizer)
         ways.append(replace(generated(rehearsed), name=REHEARSED))
     for way in ways:  # the first calls of anything take longer
         score_way(way, contexts(1, seed)[:2])
@@ -186,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.answering", description=__doc__)
     parser.add_argument("readers", type=Path, nargs="*", help="folders of saved generators, one for each seed")
     parser.add_argument("--rehearsed", type=Path, nargs="+", default=[], help="readers that rehearsed, for the seeds")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first reader's; results of others are kept")
     parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--documents", type=int, nargs="+", default=list(DOCUMENTS))
     parser.add_argument("--rate", type=float, default=1e-2, help="of the LoRA on the documents")
@@ -197,9 +199,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.kind, args.device, args.argv = "answering", "cpu", list(sys.argv[1:] if argv is None else argv)
         torch.set_num_threads(args.threads)
         made = provenance(args)
-        seeds = []
-        for seed, path in enumerate(args.readers):
-            seeds.append(one_seed(path, seed, args))
+        for seed, path in enumerate(args.readers, start=args.first_seed):
+            found = one_seed(path, seed, args)
+            known = json.loads(args.out.read_text(encoding="utf-8"))["seeds"] if args.out.is_file() else []
+            seeds = sorted([found, *(other for other in known if other["seed"] != seed)], key=lambda s: s["seed"])
             write_json_atomic(args.out, {"schema": 1, "provenance": made, "seeds": seeds})
     write_text_atomic(FOLDER.parents[1] / "docs" / "genadapter-results.md", page(FOLDER))
 
