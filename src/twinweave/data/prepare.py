@@ -184,7 +184,8 @@ def hold_out(
         if len(chosen) + len(group) <= count:
             chosen.update(group)
     if not chosen:
-        chosen.update(min(order, key=lambda group: len(group)))
+        smallest = min(order, key=len)
+        chosen.update(smallest)
     kept = [example for index, example in enumerate(examples) if index not in chosen]
     return kept, [examples[index] for index in sorted(chosen)]
 
