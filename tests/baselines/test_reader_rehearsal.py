@@ -1,5 +1,7 @@
 """What a generator of adapters rehearses: that general text is said under its adapters as without them."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.nn.functional import kl_div
@@ -56,6 +58,8 @@ def test_the_divergence_under_what_was_read(reader, materials, reading):
         count += int(at.sum())
     assert found.item() == pytest.approx(total / count, rel=2e-2)  # the iteration grows rounding a little
     assert found > 0.01
+    twice = reader_rehearsal(reader, replace(given, weight=2.0))(reader, reading, None, 0)
+    assert twice.item() == pytest.approx(2 * found.item())
 
 
 def test_only_the_generator_learns_from_it(reader, materials, reading):

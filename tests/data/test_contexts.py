@@ -1,3 +1,4 @@
+import copy
 import json
 
 import pytest
@@ -15,7 +16,7 @@ from twinweave.data import (
     prepare_training_data,
     to_example,
 )
-from twinweave.errors import DataError
+from twinweave.errors import DataError, UnsupportedModelError
 
 WHERE = "x.jsonl row 1"
 
@@ -91,12 +92,12 @@ def test_rows_with_the_same_context_share_it(write, words):
 def test_no_context_is_in_both_sets(write, words):
     path = write("x.jsonl", [row(letter, f"{other} {letter}") for letter in "abcdefgh" for other in "mnop"])
     rows = ContextRows(words, chunk_size=4)
-    made = prepare_training_data(path, words, max_length=9, context="context", make_rows=rows, validation_fraction=0.2)
+    made = prepare_training_data(path, words, max_length=9, context="context", make_rows=rows, validation_fraction=0.25)
     assert (made.report.train_rows, made.report.validation_rows) == (24, 8)
     train, held = ({tuple(r["chunks"][0]) for r in part} for part in (made.train, made.validation))
     assert (len(train), len(held)) == (6, 2)
     assert not train & held
-    plain = prepare_training_data(path, words, max_length=9, context="context", validation_fraction=0.2)
+    plain = prepare_training_data(path, words, max_length=9, context="context", validation_fraction=0.25)
     assert {tuple(r["input_ids"][:1]) for r in plain.validation} == held  # the same rows for those that do not read
     one = write("one.jsonl", [row("a", "b"), row("a", "c")])
     with pytest.raises(DataError, match="One context cannot be split"):
@@ -136,10 +137,27 @@ def test_segments_of_text(write, bytes_bpe):
     assert isinstance(collator_for(made, bytes_bpe), SegmentCollator)
     held = prepare_segments(path, bytes_bpe, "{t}", chunk_size=2, segment_chunks=3)
     assert (len(held.train), len(held.validation)) == (2, 1)
-    with pytest.raises(DataError, match="one segment"):
+    with pytest.raises(DataError, match="one text"):
         prepare_segments(write("y.jsonl", [{"t": "abc"}]), bytes_bpe, "{t}", chunk_size=2, segment_chunks=3)
     with pytest.raises(DataError, match="no text of two words"):
         prepare_segments(write("z.jsonl", [{"t": ""}]), bytes_bpe, "{t}", chunk_size=2)
+
+
+def test_no_text_is_learned_from_and_validated_on(write, bytes_bpe):
+    texts = [chr(97 + i) * 9 for i in range(8)]
+    path = write("x.jsonl", [{"t": text} for text in (*texts, texts[0])])
+    made = prepare_segments(path, bytes_bpe, "{t}", chunk_size=2, segment_chunks=2, validation_fraction=0.4)
+    train, held = ({row["chunks"][0][1] for row in part} for part in (made.train, made.validation))
+    assert len(train) + len(held) == 8
+    assert len(held) >= 2
+    assert not train & held
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(write, bytes_bpe):
+    unpadded = copy.deepcopy(bytes_bpe)
+    unpadded.pad_token = None
+    with pytest.raises(UnsupportedModelError, match="padding"):
+        prepare_segments(write("x.jsonl", [{"t": "abc"}, {"t": "def"}]), unpadded, "{t}", chunk_size=2)
 
 
 @given(sizes=st.lists(st.integers(2, 5), min_size=1, max_size=4))

@@ -5,7 +5,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from twinweave.data import IGNORED_LABEL, prepare_training_data, to_example
-from twinweave.data.prepare import _hold_out
+from twinweave.data.prepare import hold_out
 from twinweave.errors import DataError, UnsupportedModelError
 
 
@@ -47,10 +47,34 @@ def test_columns_report_and_seeded_split(write, words):
 @settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow], deadline=None)
 def test_held_out_rows(count, fraction, seed):
     rows = list(range(count))
-    kept, held = _hold_out(rows, fraction, seed)
+    kept, held = hold_out(rows, fraction, seed)
     assert sorted(kept + held) == rows
     assert 1 <= len(held) <= 500
     assert kept
+
+
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=12),
+    fraction=st.floats(0.01, 0.99),
+    seed=st.integers(0, 3),
+)
+@settings(max_examples=60, deadline=None)
+def test_whole_contexts_are_held_out_where_they_fit(sizes, fraction, seed):
+    contexts = [name for name, size in enumerate(sizes, start=1) for _ in range(size)]
+    kept, held = hold_out(list(range(len(contexts))), fraction, seed, contexts)
+    assert sorted(kept + held) == list(range(len(contexts)))
+    assert not {contexts[row] for row in kept} & {contexts[row] for row in held}
+    assert kept
+    assert 1 <= len(held) <= max(round(len(contexts) * fraction), min(sizes))
+
+
+def test_a_large_context_is_trained_on():
+    contexts = ["big"] * 990 + ["small"] * 10
+    for seed in range(6):
+        kept, held = hold_out(contexts, 0.05, seed, contexts)
+        assert (len(kept), set(held)) == (990, {"small"})
+    tens = [str(i // 2000) for i in range(20_000)]
+    assert len(hold_out(tens, 0.05, 0, tens)[1]) == 2000  # none fits
 
 
 def test_cut_rows_are_counted(write, words):

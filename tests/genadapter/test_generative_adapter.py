@@ -8,8 +8,10 @@ from torch.nn.functional import pad
 
 from twinweave.errors import UnsupportedModelError, UsageError
 from twinweave.genadapter import GenerativeAdapter, GenerativeAdapterConfig
+from twinweave.genadapter.config import chunk_size_of
 
 STATES = 10
+EXACT = {"normalization": "frobenius", "rank": 12}  # a loss and a reading are the same to rounding
 
 
 def logits(model, ids, **inputs):
@@ -53,8 +55,8 @@ def test_the_adapted_base_is_the_base_with_the_change_added_to_its_weights(reade
 
 
 @torch.no_grad()
-def test_prefixes_in_one_pass_are_separate_reads(reader, tokens):
-    context, ids = tokens(3, 8, 4), tokens(6, 7)
+def test_prefixes_in_one_pass_are_separate_reads(make_reader, tokens):
+    reader, context, ids = make_reader(**EXACT), tokens(3, 8, 4), tokens(6, 7)
     together = logits(reader, ids, context_ids=context, reads=torch.tril(torch.ones(3, 3)))
     for i in range(3):
         rows = slice(2 * i, 2 * i + 2)
@@ -75,7 +77,7 @@ def test_chunks_do_not_see_each_other(reader, tokens):
 
 @torch.no_grad()
 def test_sequential_is_chunk_by_chunk(make_reader, tokens):
-    reader, context, ids = make_reader(mode="sequential"), tokens(3, 8, 4), tokens(6, 7)
+    reader, context, ids = make_reader(mode="sequential", **EXACT), tokens(3, 8, 4), tokens(6, 7)
     together = logits(reader, ids, context_ids=context, reads=torch.tril(torch.ones(3, 3)))
     state = reader.empty_state()
     for i, chunk in enumerate(context):
@@ -83,7 +85,7 @@ def test_sequential_is_chunk_by_chunk(make_reader, tokens):
         with reader.adapted(state):
             expected = logits(reader, ids[2 * i : 2 * i + 2])
         torch.testing.assert_close(together[2 * i : 2 * i + 2], expected, rtol=1e-3, atol=1e-3)
-    parallel = make_reader().read_ids(context.tolist())
+    parallel = make_reader(**EXACT).read_ids(context.tolist())
     assert any(not torch.equal(state.sums[name], parallel.sums[name]) for name in state.sums)
 
 
@@ -281,7 +283,7 @@ def test_training_lowers_the_loss_and_leaves_the_base(make_reader, make_base, to
 
 @pytest.mark.parametrize("extra", ["token_gate", "topic_key"])
 def test_beyond_the_paper(make_reader, tokens, extra):
-    reader = make_reader(**{extra: True})
+    reader = make_reader(**{extra: True}, **EXACT)
     live = logits(reader, tokens(1, 5), context_ids=tokens(1, 8, 3))
     with reader.adapted(reader.read_ids(tokens(1, 8, 3).tolist())):
         torch.testing.assert_close(logits(reader, tokens(1, 5)), live, rtol=1e-4, atol=1e-4)
@@ -320,3 +322,74 @@ def test_layers_by_name_and_bases_that_are_refused(make_reader, make_base):
         make_reader(target_modules=["none"])
     with pytest.raises(UnsupportedModelError, match="language-model head"):
         GenerativeAdapter(make_base().model, GenerativeAdapterConfig(state_size=4, rank=2))
+    base = make_base()
+    base.model.layers[1].register_forward_pre_hook(lambda *args: 1 / 0)
+    with pytest.raises(UnsupportedModelError, match=r"cannot be run on a few tokens .*ZeroDivision"):
+        make_reader(base=base)
+
+
+@torch.no_grad()
+def test_the_loss_is_that_of_what_reading_gives_and_of_training(reader, tokens):
+    ids, context = tokens(2, 7), tokens(1, 4, 3)
+    live = logits(reader, ids, context_ids=context)
+    with reader.adapted(reader.read_ids(context.tolist())):
+        read = logits(reader, ids)
+    assert (live - read).norm() < 0.05 * (read - logits(reader, ids)).norm()
+    assert torch.equal(logits(reader.train(), ids, context_ids=context), live)
+
+
+def test_a_base_that_computes_no_numbers_is_not_read(make_base, make_reader):
+    reader = make_reader(base=make_base())
+    with torch.no_grad():
+        reader.base.get_input_embeddings().weight[5] = torch.nan
+    with pytest.raises(UnsupportedModelError, match=r"What model\.layers.* is not a number.*bfloat16"):
+        reader.read_ids([[3, 4, 5]])
+
+
+def test_the_fingerprint_follows_settings_and_weights(make_reader):
+    reader = make_reader()
+    first = reader.fingerprint()
+    reader.settings.scale = 0.25
+    assert reader.fingerprint() != first
+    reader.settings.scale = 0.5
+    assert reader.fingerprint() == first
+    reader._generators[0].output.data.mul_(2)  # leaves no trace in the tensor's version
+    reader.train()
+    assert reader.fingerprint() != first
+
+
+def test_the_generator_stays_in_float32(make_reader):
+    reader, text = make_reader(), "a text"
+    before, state = reader.fingerprint(), reader.read(text)
+    assert reader.to(torch.bfloat16).fingerprint() == before
+    assert reader.base.dtype == torch.bfloat16
+    assert reader.read(text).tokens == state.tokens
+    for weight in reader.generators.parameters():  # by force
+        weight.data = weight.data.bfloat16()
+    assert reader.train().fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"scale": "1/16"}, r"scale is '1/16'.*0\.0625"),
+        ({"tolerance": "1e-5"}, r"tolerance is '1e-5'.*1\.0e-5"),
+        ({"scale": True}, "must be a number"),
+        ({"scale": float("nan")}, "positive"),
+        ({"rank": 2.0}, "rank is 2.0; it must be a whole number of at least 1"),
+        ({"chunk_size": 0}, "chunk_size is 0"),
+        ({"token_gate": "false"}, "token_gate is 'false'.*without quotes"),
+        ({"topic_key": 1}, "topic_key is 1"),
+        ({"target_modules": 3}, "target_modules is 3"),
+        ({"target_modules": ["q_proj", 3]}, "list of names"),
+        ({"normalization": ["svd"]}, "normalization"),
+    ],
+)
+def test_settings_that_cannot_be(wrong, message):
+    with pytest.raises(UsageError, match=message):
+        GenerativeAdapterConfig(**wrong)
+
+
+def test_a_chunk_fits_into_the_window():
+    settings = GenerativeAdapterConfig(chunk_size=8)
+    assert [chunk_size_of(settings, window) for window in (None, 1, 5, 9, 2**30)] == [8, 8, 4, 8, 8]

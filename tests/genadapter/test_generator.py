@@ -56,7 +56,7 @@ def test_the_weight_change(tokens):
     assert len(kept) == min(tokens, RANK)
     norm = sum(torch.outer(u[:, i], vh[i]) for i in kept)
     change = 0.25 * generator.output @ norm.T @ generator.query
-    torch.testing.assert_close(generator.change(x[None], generator.normalized(sums[None]))[0], x @ change.T)
+    torch.testing.assert_close(generator.change(x[None], norm[None])[0], x @ change.T)
     a, b = generator.lora(sums)
     assert (a.shape, b.shape) == ((RANK, IN), (OUT, RANK))
     torch.testing.assert_close(b @ a, change)
@@ -97,3 +97,29 @@ def test_autocast_changes_no_bit(training):
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(generator.sums(hidden, mask), sums)
         assert torch.equal(generator.normalized(sums), normalized)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [RANK, SIZE])
+def test_a_loss_needs_no_decomposition_and_is_the_same_in_validation(rank, monkeypatch):
+    generator = make(rank=rank)
+    made = torch.randn(2, SIZE, rank) @ torch.randn(2, rank, SIZE)
+    a, b = generator.lora(made)
+    exact = (b @ a) / generator.config.scale
+
+    def never(*args, **kwargs):
+        raise AssertionError("decomposed")
+
+    monkeypatch.setattr(torch.linalg, "svd", never)
+    found = generator.normalized(made)
+    assert torch.equal(generator.train().normalized(made), found)
+    change = generator.output @ found.mT @ generator.query
+    assert (change - exact).norm() < 0.02 * exact.norm()
+
+
+def test_it_moves_without_losing_precision():
+    generator = make()
+    before = {name: p.detach().clone() for name, p in generator.named_parameters()}
+    for moved in (generator.to(torch.bfloat16), generator.half(), generator.double()):
+        assert all(torch.equal(p, before[name]) for name, p in moved.named_parameters())
+    assert all(p.device.type == "meta" for p in generator.to("meta", torch.bfloat16).parameters())

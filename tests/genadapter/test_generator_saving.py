@@ -67,9 +67,20 @@ def test_damaged_files_are_refused(reader, make_base, tmp_path):
             GenerativeAdapter.from_pretrained(tmp_path, make_base())
     weights.write_bytes(whole)
     values = json.loads(settings.read_text())
-    for content in ("{", "{}", json.dumps(values | {"base": {}})):
+    unknown = values | {"generative_adapter": values["generative_adapter"] | {"zzz": 1}}
+    nameless = values | {"base": {"fingerprint": values["base"]["fingerprint"]}}
+    layerless = {key: value for key, value in values.items() if key != "modules"}
+    for content in ("{", "{}", *(json.dumps(v) for v in (values | {"base": {}}, unknown, nameless, layerless))):
         settings.write_text(content)
         with pytest.raises(DamagedFileError):
+            GenerativeAdapter.from_pretrained(tmp_path, make_base())
+    for named, message in (
+        (["q_proj"], r"layer 0 that was adapted is model\.layers\.0\.\S+o_proj, and model\.layers\.0\.\S+q_proj is"),
+        (["layers.0.self_attn.o_proj"], r"layer 1 that was adapted is .*layers\.1.*o_proj, and None is"),
+    ):
+        other = values["generative_adapter"] | {"target_modules": named}
+        settings.write_text(json.dumps(values | {"generative_adapter": other}))
+        with pytest.raises(DamagedFileError, match=message):
             GenerativeAdapter.from_pretrained(tmp_path, make_base())
     settings.write_text(json.dumps(values | {"generative_adapter": values["generative_adapter"] | {"state_size": 16}}))
     with pytest.raises(DamagedFileError, match="does not fit"):

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twinweave.errors import BaseMismatchError, DamagedFileError, UsageError
+from twinweave.errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
 from twinweave.genadapter import AdapterState
-from twinweave.genadapter.state import STATE_NAME
+from twinweave.genadapter.state import STATE_NAME, as_float, fixed_point
 
 TEXTS = ["the first text, of some length.", "another one", "and a third\nwith a line", "a fourth"]
 
@@ -133,6 +133,23 @@ def test_saved_and_loaded(shared, tmp_path):
     with pytest.raises(UsageError, match="without its generator"):
         AdapterState.load(tmp_path / STATE_NAME).to_lora(tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
+
+
+def test_one_reader_is_enough_for_a_sum(shared, tmp_path):
+    reader, (a, b, *_) = shared
+    a.save(tmp_path)
+    loaded = AdapterState.load(tmp_path)
+    assert [s.reader for s in (loaded, loaded + b, b + loaded, loaded - a)] == [None, reader, reader, reader]
+    (loaded + b).to_lora(tmp_path / "lora")
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_what_is_no_number_is_refused(wrong):
+    sums = {"first": torch.zeros(2, 2), "second": torch.tensor([[0.5, wrong], [0, 0]])}
+    with pytest.raises(UnsupportedModelError, match="What second is given is not a number"):
+        fixed_point(sums)
+    del sums["second"]
+    assert as_float(fixed_point(sums | {"third": torch.tensor([[-1.5]])}))["third"].tolist() == [[-1.5]]
 
 
 def test_damaged_files_are_refused(shared, make_reader, tmp_path):

@@ -30,22 +30,24 @@ def test_blocks_depend_on_the_text_alone(pieces, block):
 
 
 def test_a_file_a_str_and_a_stream_give_the_same_chunks(reader, tmp_path):
-    text = "one line\r\nand another,\n" * 9 + "the end"
+    text = "one line\nand another,\n" * 9 + "the end"
     file = tmp_path / "text.txt"
     file.write_bytes(text.encode())
     expected = chunks(text, reader.tokenizer)
     assert chunks(file, reader.tokenizer) == expected
     assert chunks(iter([text[:5], "", text[5:6], text[6:]]), reader.tokenizer) == expected
     assert expected[1] == hashlib.sha256(text.encode()).hexdigest()
+    file.write_bytes(text.replace("\n", "\r\n").encode())
+    assert chunks(file, reader.tokenizer) == chunks(file.read_text(encoding="utf-8"), reader.tokenizer) == expected
     ids = [i for chunk, _ in expected[0] for i in chunk[1:]]
     assert ids == reader.tokenizer(text, add_special_tokens=False)["input_ids"]
     assert all(chunk[0] == reader.tokenizer.bos_token_id for chunk, _ in expected[0])
     assert {own for _, own in expected[0][:-1]} == {8}
 
 
-@pytest.mark.parametrize("text", ["", " \n ", [], ["", "  "], 5, b"bytes", ["a", b"b"]])
+@pytest.mark.parametrize("text", ["", " \n ", [], ["", "  "], 5, b"bytes", ["a", b"b"], "a \ud800 b"])
 def test_what_is_no_text_is_refused(reader, text):
-    with pytest.raises(DataError, match="Give"):
+    with pytest.raises(DataError, match=r"Give|half a character .*ud800.*Decode it"):
         reader.read(text)
 
 

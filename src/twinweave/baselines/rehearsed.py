@@ -63,7 +63,7 @@ def reader_rehearsal(model: GenerativeAdapter, materials: Materials) -> Term | N
         used = reads.any(0)
         context = {name: inputs[name][used] for name in ("context_ids", "context_mask")}
         logits = model(**fields, **context, reads=reads[:, used], use_cache=False).logits[:, :-1][wanted]
-        return general.settings.weight * general.settings.every * divergence(base, logits)
+        return materials.weight * general.settings.weight * general.settings.every * divergence(base, logits)
 
     return term
 

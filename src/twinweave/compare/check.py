@@ -77,9 +77,18 @@ def check_run(recipe: Recipe, methods: Sequence[Method], data: Mapping[bool, Tra
     found += [(f"task {task.name}", f"{count:,} rows, {', '.join(task.metrics)}") for task, count in rows]
     if read := recipe.documents():
         found.append(("evaluation.read", f"{len(read):,} documents"))
+    elif recipe.target.context is None:
+        found += [("warning", _reads_nothing(recipe.target, method)) for method in methods if method.reads]
     found += [("warning", warning) for warning in report.warnings]
     free_memory()
     return found
+
+
+def _reads_nothing(target: Task, method: Method) -> str:
+    return (
+        f"Nothing is read for task {target.name}, so the score of {method.name} is the base's. Give the task a "
+        "`context`, or name texts in evaluation.read."
+    )
 
 
 def _without_weights(base: Any) -> Any:

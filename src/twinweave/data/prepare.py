@@ -8,6 +8,7 @@ Knows nothing about models, trainers or metrics.
 import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import datasets
 import numpy
@@ -22,6 +23,7 @@ from twinweave.progress import track
 
 LARGEST_SPLIT = 500
 Source = str | os.PathLike[str]
+Row = TypeVar("Row")
 
 
 @dataclass
@@ -80,7 +82,7 @@ def prepare_training_data(
         prompt_template, completion_template: see `to_example`; they apply to every source given here.
         validation: rows to validate on (of a name with splits: its "validation" split). Without it a random part
             of `source` is held out.
-        validation_fraction: how much is held out: at least 1 row and at most 500.
+        validation_fraction: how much is held out: at least 1 row and at most 500, whole contexts where they fit.
         test: the rows that the result will be judged on, as a source (of a name with splits: its "test" split) or as
             examples; they are only compared.
         limit: use the first rows only.
@@ -100,7 +102,7 @@ def prepare_training_data(
     if validation is not None:
         held_out = _read_examples(validation, templates, split="validation")
     else:
-        train, held_out = _hold_out(examples, validation_fraction, seed, [example.documents for example in examples])
+        train, held_out = hold_out(examples, validation_fraction, seed, [example.documents for example in examples])
     parts = [part if make_rows is not None else _in_prompt(part) for part in (train, held_out)]
     encoded = [_encode_all(part, tokenizer, max_length) for part in parts]
     report = DataReport(
@@ -158,9 +160,13 @@ def _test_examples(test: Source | Sequence[Example], templates: Templates, repor
         return []
 
 
-def _hold_out(
-    examples: list[Example], fraction: float, seed: int, contexts: Sequence[Hashable] = ()
-) -> tuple[list[Example], list[Example]]:
+def hold_out(
+    examples: list[Row], fraction: float, seed: int, contexts: Sequence[Hashable] = ()
+) -> tuple[list[Row], list[Row]]:
+    """Rows to train on and a seeded share of them to validate on (1 to 500), no context being in both.
+
+    A context is held out where all its rows fit into the share; if none does, the smallest is. Raises DataError.
+    """
     if not 0 < fraction < 1:
         raise DataError(f"validation_fraction is {fraction}; it must lie between 0 and 1.")
     if len(examples) < 2:
@@ -173,10 +179,13 @@ def _hold_out(
     count = min(LARGEST_SPLIT, max(1, round(len(examples) * fraction)))
     chosen: set[int] = set()
     together = list(groups.values())
-    for group in numpy.random.default_rng(seed).permutation(len(together))[:-1]:
-        if len(chosen) >= count:
-            break
-        chosen.update(together[group])
+    order = [together[group] for group in numpy.random.default_rng(seed).permutation(len(together))]
+    for group in order[:-1]:
+        if len(chosen) + len(group) <= count:
+            chosen.update(group)
+    if not chosen:
+        smallest = min(order, key=len)
+        chosen.update(smallest)
     kept = [example for index, example in enumerate(examples) if index not in chosen]
     return kept, [examples[index] for index in sorted(chosen)]
 

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import datasets
-import numpy
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from twinweave.data.collator import IGNORED_LABEL
 from twinweave.data.contexts import Tokens, batch_of
+from twinweave.data.encode import check_tokenizer
 from twinweave.data.formats import load_rows
-from twinweave.data.prepare import LARGEST_SPLIT, DataReport, Source, TrainingData
+from twinweave.data.prepare import DataReport, Source, TrainingData, hold_out
 from twinweave.data.templates import fill_template
 from twinweave.errors import DataError
 from twinweave.genadapter.text import chunks_of
@@ -44,19 +44,18 @@ def prepare_segments(
 
     `text`: a format string over the columns. Texts are not mixed: each is cut into segments of its own, the last of
     which is shorter. What is no longer than one chunk is cut into halves. Of the segments a seeded share of
-    `validation_fraction` (1 to 500) is held out, unless `validation` is a source of its own. Raises DataError.
+    `validation_fraction` (1 to 500) is held out, whole texts that fit into it, unless `validation` is a source of its
+    own. Raises DataError, and UnsupportedModelError for a tokenizer that cannot end or pad a text.
     """
-    train = _segments(source, tokenizer, text, chunk_size, segment_chunks, split, limit)
+    check_tokenizer(tokenizer)
+    train, texts = _segments(source, tokenizer, text, chunk_size, segment_chunks, split, limit)
     rows = len(train)
     if validation is not None:
-        held_out = _segments(validation, tokenizer, text, chunk_size, segment_chunks, "validation", None)
+        held_out, _ = _segments(validation, tokenizer, text, chunk_size, segment_chunks, "validation", None)
     else:
-        if rows < 2:
-            raise DataError(f"{source} is one segment, which cannot be split. Give more text, or a validation file.")
-        count = min(LARGEST_SPLIT, max(1, round(rows * validation_fraction)), rows - 1)
-        chosen = set(numpy.random.default_rng(seed).permutation(rows)[:count].tolist())
-        held_out = [train[index] for index in sorted(chosen)]
-        train = [segment for index, segment in enumerate(train) if index not in chosen]
+        if len(set(texts)) < 2:
+            raise DataError(f"{source} is one text, which cannot be split. Give more texts, or a validation file.")
+        train, held_out = hold_out(train, validation_fraction, seed, texts)
     trained = sum(2 * sum(len(chunk) - 1 for chunk in segment[1:]) for segment in train)
     report = DataReport(rows, len(train), len(held_out), cut_rows=0, trained_tokens=trained)
     return TrainingData(
@@ -70,7 +69,8 @@ class SegmentCollator:
 
     The first says one of the prefix's chunks again, the second the chunk behind the prefix. Which chunk is said again
     is drawn by chance that depends on nothing but the segments of the batch: a batch that is made again, by a training
-    that goes on or by the next validation, is the same batch, and one that is shuffled otherwise is another.
+    that goes on or by the next validation, is the same batch, and one that is shuffled otherwise is another. With one
+    segment in a batch there is one draw, so that it is the same chunk in every epoch.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -99,16 +99,19 @@ def _segments(
     segment_chunks: int,
     split: str | None,
     limit: int | None,
-) -> list[list[Tokens]]:
+) -> tuple[list[list[Tokens]], list[str]]:
+    """The segments of a source, and the text of each."""
     found: list[list[Tokens]] = []
+    texts: list[str] = []
     for number, row in enumerate(track(load_rows(source, split=split, limit=limit), "Encoding texts"), start=1):
         text = str(fill_template(template, row, where=f"{source} row {number}"))
         chunks = [ids for ids, _ in chunks_of([text], tokenizer, chunk_size)] if text.strip() else []
         for start in range(0, len(chunks), segment_chunks):
             found += _whole(chunks[start : start + segment_chunks], tokenizer)
+        texts += [text] * (len(found) - len(texts))
     if not found:
         raise DataError(f"{source} has no text of two words or more. Check train.text ({template!r}).")
-    return found
+    return found, texts
 
 
 def _whole(chunks: list[Tokens], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[Tokens]]:

@@ -48,15 +48,10 @@ class GenerativeAdapterConfig:
     """Directions with a singular value below this share of the largest are left out: they hold rounding, not text."""
 
     newton_schulz_steps: int = 12
-    """Iterations in the place of the decomposition while training, where its gradient would not be stable."""
+    """Iterations in the place of the decomposition in a loss, where its gradient would not be stable."""
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("state_size", 1), ("rank", 1), ("chunk_size", 1), ("newton_schulz_steps", 1)
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UsageError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
+        self._check_types()
         if self.rank > self.state_size:
             raise UsageError(f"rank is {self.rank}, more than state_size={self.state_size} can hold. Lower it.")
         if not 0 < self.scale < float("inf"):
@@ -66,6 +61,26 @@ class GenerativeAdapterConfig:
         for name, choices in (("mode", get_args(Mode)), ("normalization", get_args(Normalization))):
             if getattr(self, name) not in choices:
                 raise UsageError(unknown_name(name, str(getattr(self, name)), choices))
+
+    def _check_types(self) -> None:
+        for name in ("state_size", "rank", "chunk_size", "newton_schulz_steps"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        for name in ("scale", "tolerance"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise UsageError(
+                    f"{name} is {value!r}; it must be a number. Write it as a decimal one without quotes: 1/16 is "
+                    "0.0625, and YAML takes 1.0e-5 for a number where 1e-5 is text."
+                )
+        for name in ("token_gate", "topic_key"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise UsageError(f"{name} is {value!r}; it must be true or false, without quotes.")
+        named = self.target_modules
+        listed = isinstance(named, list) and all(isinstance(name, str) for name in named)
+        if not (named is None or isinstance(named, str) or listed):
+            raise UsageError(f"target_modules is {named!r}; it must be a list of names, or one regular expression.")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain values."""
@@ -79,3 +94,10 @@ class GenerativeAdapterConfig:
             if key not in known:
                 raise UsageError(unknown_name("setting of GenerativeAdapter", key, known))
         return cls(**values)
+
+
+def chunk_size_of(settings: GenerativeAdapterConfig, window: object) -> int:
+    """Tokens that are read at once: those of the settings, or what a base's window has room for (None: any number)."""
+    if not isinstance(window, int) or window < 2:
+        return settings.chunk_size
+    return min(settings.chunk_size, window - 1)  # the start of text takes one

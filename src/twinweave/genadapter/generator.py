@@ -4,6 +4,7 @@ Knows nothing about models, chunks or files.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -51,17 +52,18 @@ class Generator(nn.Module):
             return keys.mT @ values
 
     def normalized(self, sums: Tensor) -> Tensor:
-        """norm(S), shape of `sums` [..., d_r, d_r]: by an iteration with a gradient in training, exactly otherwise."""
+        """norm(S), shape of `sums` [..., d_r, d_r], by an iteration with a gradient; `lora` has the exact one.
+
+        The loss of a validation is computed by it as that of training is: one objective for both, and no
+        decomposition for every state.
+        """
         with _full_precision(sums):
             if self.config.normalization == "frobenius":
                 return frobenius(sums)
-            if self.training:
-                if self.config.rank == self.config.state_size:
-                    return newton_schulz(sums, self.config.newton_schulz_steps)
-                q = leading_directions(sums, self.config.rank)  # what reading will keep
-                return q @ newton_schulz(q.mT @ sums, self.config.newton_schulz_steps)
-            u, v = orthogonal_factors(sums, self.config.rank, self.config.tolerance)
-            return u @ v.mT
+            if self.config.rank == self.config.state_size:
+                return newton_schulz(sums, self.config.newton_schulz_steps)
+            q = leading_directions(sums, self.config.rank)  # what reading will keep
+            return q @ newton_schulz(q.mT @ sums, self.config.newton_schulz_steps)
 
     def lora(self, sums: Tensor) -> tuple[Tensor, Tensor]:
         """The weight change of S as a LoRA pair of scaling 1: A [..., r, in], B [..., out, r], for inference."""
@@ -76,6 +78,16 @@ class Generator(nn.Module):
     def change(self, x: Tensor, normalized: Tensor) -> Tensor:
         """ΔW x for inputs `x` [Q, N, in] of Q states `normalized` [Q, d_r, d_r]; [Q, N, out]."""
         return self.config.scale * ((x.float() @ self.query.T) @ normalized) @ self.output.T
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Generator":
+        """Moves with the base, but keeps its precision: what was read is compared to the last bit."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            made = fn(tensor)
+            return made if made.dtype == tensor.dtype else tensor.to(made.device)
+
+        super()._apply(moved, recurse)
+        return self
 
 
 def gathered(reads: Tensor, sums: Tensor) -> Tensor:

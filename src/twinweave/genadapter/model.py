@@ -21,10 +21,10 @@ from ..decoder import decoder_of
 from ..errors import BaseMismatchError, DamagedFileError, DataError, UnsupportedModelError, UsageError
 from ..fingerprint import fingerprint
 from . import saving
-from .config import GenerativeAdapterConfig
+from .config import GenerativeAdapterConfig, chunk_size_of
 from .generator import Generator, gathered
 from .passes import attach, checkpointing, listening, remove
-from .state import AdapterState, fixed_point
+from .state import AdapterState, as_float, fixed_point
 from .targets import find_targets
 from .text import chunks_of, digest_and_pieces
 
@@ -119,9 +119,7 @@ class GenerativeAdapter(nn.Module):
     def chunk_size(self) -> int:
         """Tokens that are read at once: those of the settings, or what the base's window has room for."""
         window = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
-        if not isinstance(window, int) or window < 2:
-            return self.settings.chunk_size
-        return min(self.settings.chunk_size, window - 1)  # the start of text takes one
+        return chunk_size_of(self.settings, window)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -226,6 +224,7 @@ class GenerativeAdapter(nn.Module):
         """As in torch, but for the base, which stays in evaluation mode: its dropout would blur what is read."""
         remove(self._kept)
         remove(self._checkpointed)
+        self._fingerprint = None  # what writes into `data` leaves no trace in a version
         super().train(mode)
         self.base.eval()
         if mode and self._checkpoints:
@@ -312,14 +311,15 @@ class GenerativeAdapter(nn.Module):
     def fingerprint(self) -> str:
         """Identifies what a state means: base, settings and the generator's weights as they are now."""
         weights = list(self.generators.named_parameters())
-        versions = tuple((p.data_ptr(), p._version) for _, p in weights)
-        if self._fingerprint is None or self._fingerprint[0] != versions:
+        settings = json.dumps(self.settings.to_dict(), sort_keys=True)
+        known = settings, tuple((p.data_ptr(), p._version) for _, p in weights)
+        if self._fingerprint is None or self._fingerprint[0] != known:
             digest = hashlib.sha256(str(self.base_fingerprint).encode())
-            digest.update(json.dumps(self.settings.to_dict(), sort_keys=True).encode())
+            digest.update(settings.encode())
             for name, weight in weights:
                 digest.update(name.encode())
-                digest.update(weight.detach().cpu().contiguous().numpy().tobytes())
-            self._fingerprint = versions, digest.hexdigest()[:16]
+                digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            self._fingerprint = known, digest.hexdigest()[:16]
         return self._fingerprint[1]
 
     def _refuse_within_adapted(self, what: str) -> None:
@@ -372,7 +372,7 @@ class GenerativeAdapter(nn.Module):
 
     def _factors_of(self, sums: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The LoRA pair of each layer, A [r, in] and B [out, r]."""
-        state = AdapterState(sums, "").values()
+        state = as_float(sums)
         with torch.no_grad():
             return [
                 generator.lora(state[target.name].to(self.base.device))

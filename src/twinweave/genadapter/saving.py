@@ -6,6 +6,7 @@ Knows nothing about how the model runs. Files are safetensors and JSON.
 import json
 import os
 from collections.abc import Mapping
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,6 +80,7 @@ def load(
     if not allow_base_mismatch:
         check_same_base(folder, recorded["base"], fingerprint(base), MISMATCH_ALLOWED)
     model = cls(base, GenerativeAdapterConfig.from_dict(recorded["generative_adapter"]), tokenizer)
+    _check_modules(folder, recorded["modules"], [target.name for target in model.targets])
     load_weights(model, folder)
     return model.eval()
 
@@ -144,6 +146,17 @@ def _read_settings(folder: Path) -> dict[str, Any]:
         settings = json.loads(file.read_text(encoding="utf-8"))
         BaseFingerprint(**settings["base"]["fingerprint"])
         GenerativeAdapterConfig.from_dict(settings["generative_adapter"])
-    except (ValueError, KeyError, TypeError) as error:
+        _ = settings["base"]["name_or_path"], list(settings["modules"])
+    except (ValueError, KeyError, TypeError, AttributeError, UsageError) as error:
         raise DamagedFileError(f"{file} cannot be read ({error!r}). Save the generator again.") from error
     return settings
+
+
+def _check_modules(folder: Path, recorded: list[str], found: list[str]) -> None:
+    """Generators are saved by number: on other layers than they were trained for they would load all the same."""
+    for number, (saved, here) in enumerate(zip_longest(recorded, found)):
+        if saved != here:
+            raise DamagedFileError(
+                f"{folder / CONFIG_NAME} does not fit the base: layer {number} that was adapted is {saved}, and {here} "
+                "is found in its place. Load the base that it was trained on, or save the generator again."
+            )

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import BaseMismatchError, DamagedFileError, UsageError
+from ..errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
 from ..files import atomic_files_into, read_safetensors
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class AdapterState:
             {name: tensor + other.sums[name] for name, tensor in self.sums.items()},
             self.documents + other.documents,
             self.tokens + other.tokens,
+            other.reader,
         )
 
     def __sub__(self, other: "AdapterState") -> "AdapterState":
@@ -72,7 +73,7 @@ class AdapterState:
         sums = {name: tensor - other.sums[name] for name, tensor in self.sums.items()}
         if not documents:  # the rounding of another machine or batch would be all that is left
             sums = {name: torch.zeros_like(tensor) for name, tensor in sums.items()}
-        return self.replaced(sums, documents, self.tokens - other.tokens)
+        return self.replaced(sums, documents, self.tokens - other.tokens, other.reader)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, AdapterState):
@@ -93,7 +94,7 @@ class AdapterState:
 
     def values(self) -> dict[str, Tensor]:
         """The sums as float32 [d_r, d_r]."""
-        return {name: (tensor.double() * _UNIT).float() for name, tensor in self.sums.items()}
+        return as_float(self.sums)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
         """Write `adapter_state.safetensors` into the folder `path`; returns the file."""
@@ -139,11 +140,20 @@ class AdapterState:
             raise UsageError("This state was loaded without its generator. Use AdapterState.load(path, reader).")
         self.reader.export_lora(self, path, **options)
 
-    def replaced(self, sums: dict[str, Tensor], documents: Counter[str], tokens: int) -> "AdapterState":
-        """A state of the same generator with other contents. Raises UsageError for sums that have grown too large."""
+    def replaced(
+        self,
+        sums: dict[str, Tensor],
+        documents: Counter[str],
+        tokens: int,
+        reader: "GenerativeAdapter | None" = None,
+    ) -> "AdapterState":
+        """A state of the same generator with other contents; it has this `reader` where this state has none.
+
+        Raises UsageError for sums that have grown too large.
+        """
         if any(tensor.numel() and tensor.abs().max() > _LARGEST for tensor in sums.values()):
             raise UsageError("The state has read more than its sums can hold. Begin another one.")
-        return AdapterState(sums, self.generator, documents, tokens, self.additive, self.reader)
+        return AdapterState(sums, self.generator, documents, tokens, self.additive, self.reader or reader)
 
     def _check(self, other: "AdapterState", what: str) -> None:
         if not isinstance(other, AdapterState):
@@ -161,5 +171,16 @@ class AdapterState:
 
 
 def fixed_point(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """float32 sums as whole multiples of 2⁻³⁰, on the CPU."""
-    return {name: (tensor.detach().cpu().double() / _UNIT).round().long() for name, tensor in sums.items()}
+    """float32 sums as whole multiples of 2⁻³⁰, on the CPU. Raises UnsupportedModelError for what has none."""
+    whole = {name: (tensor.detach().cpu().double() / _UNIT).round() for name, tensor in sums.items()}
+    for name, tensor in whole.items():
+        if not (tensor.abs() <= _LARGEST).all():  # false for NaN too; as an integer it would be one like any other
+            raise UnsupportedModelError(
+                f"What {name} is given is not a number, or too large for one. Load the base in bfloat16 or float32."
+            )
+    return {name: tensor.long() for name, tensor in whole.items()}
+
+
+def as_float(sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What `fixed_point` made, as float32 again."""
+    return {name: (tensor.double() * _UNIT).float() for name, tensor in sums.items()}

@@ -132,6 +132,11 @@ def _calls(base: PreTrainedModel, blocks: list[nn.Module]) -> list[Target]:
             token = min(5, base.config.get_text_config().vocab_size - 1)
             ids = torch.full((_ROWS, _TOKENS), token, device=base.device)
             base(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    except Exception as error:  # whatever a model, its kernels or its device may raise
+        raise UnsupportedModelError(
+            f"{type(base).__name__} cannot be run on a few tokens ({' '.join(repr(error).split()):.200}), so the "
+            "layers that it calls are not known. Load it so that it runs, on the device that it needs."
+        ) from error
     finally:
         for module in training:
             module.training = True

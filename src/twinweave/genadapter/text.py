@@ -24,7 +24,13 @@ def digest_and_pieces(text: str | os.PathLike[str] | Iterable[str]) -> tuple[Cal
     def pieces() -> Iterator[str]:
         seen = False
         for piece in _pieces(text):
-            digest.update(piece.encode("utf-8", "surrogatepass"))
+            try:
+                digest.update(piece.encode())
+            except UnicodeEncodeError as error:
+                raise DataError(
+                    f"The text to read has half a character ({piece[error.start]!a}), which is what bytes become that "
+                    "are not UTF-8. Decode it from its own encoding."
+                ) from error
             seen = seen or bool(piece.strip())
             yield piece
         if not seen:
@@ -69,7 +75,7 @@ def _pieces(text: str | os.PathLike[str] | Iterable[str]) -> Iterator[str]:
     elif isinstance(text, os.PathLike):
         path = Path(text)
         try:
-            with path.open(encoding="utf-8-sig", newline="") as file:
+            with path.open(encoding="utf-8-sig") as file:
                 while piece := file.read(_PIECE):
                     yield piece
         except OSError as error:

@@ -355,11 +355,10 @@ class Recipe(_Section):
             raise RecipeError(f"generative_adapter.path is {path!r}; it must be the folder of a saved generator.")
         return SavedGenerator(path)
 
-    @property
-    def chunk_size(self) -> int:
-        """Tokens that GenerativeAdapter reads at once. Raises DamagedFileError for a path without a generator."""
+    def generator_settings(self) -> GenerativeAdapterConfig:
+        """Of what reads, saved or not. Raises DamagedFileError for a path without a generator."""
         generator = self._generator()
-        return (read_config(generator.path) if isinstance(generator, SavedGenerator) else generator).chunk_size
+        return read_config(generator.path) if isinstance(generator, SavedGenerator) else generator
 
     @property
     def saved_adapter(self) -> SavedAdapter | None:

@@ -12,6 +12,7 @@ from ..data.segments import SEGMENT_CHUNKS
 from ..errors import DataError, RecipeError
 from ..evaluation import read_examples
 from ..fingerprint import fingerprint
+from ..genadapter.config import chunk_size_of
 from ..rehearsal import RehearsalRows, Written, load_sequences, make_rows, read_sequences, write_sequences
 from .base import free_memory, load_base, load_window
 from .frozen_store import tokenizer_digest
@@ -71,8 +72,7 @@ def _load_segments(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int
 
 
 def _chunk_size(recipe: Recipe) -> int:
-    """As `GenerativeAdapter.chunk_size` has it."""
-    return min(recipe.chunk_size, load_window(recipe.base) - 1)
+    return chunk_size_of(recipe.generator_settings(), load_window(recipe.base))
 
 
 def load_rehearsal(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> RehearsalRows:
