@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from twinweave import decoder
 from twinweave.errors import UnsupportedModelError
@@ -343,13 +344,16 @@ def gradients(subject: Reading) -> None:
 
 
 def checkpointing(subject: Reading) -> None:
-    """Gradient checkpointing gives the same gradients."""
+    """Gradient checkpointing runs blocks again, and gives the same gradients."""
     ids, context = subject.tokens(4, 9), subject.tokens(2, 7, seed=3)
+    called: list[torch.nn.Module] = []
 
     def grads(model: Any) -> dict[str, Tensor]:
         given = {"context_ids": context} if isinstance(model, GenerativeAdapter) else {}
         torch.manual_seed(0)
-        model(input_ids=ids, labels=labels_behind(ids, 3), **given).loss.backward()
+        loss = model(input_ids=ids, labels=labels_behind(ids, 3), **given).loss
+        called.clear()
+        loss.backward()
         named = model.generators.named_parameters() if given else model.named_parameters()
         return {name: p.grad for name, p in named if p.grad is not None}
 
@@ -365,7 +369,15 @@ def checkpointing(subject: Reading) -> None:
         expected = {name: grad.clone() for name, grad in grads(model).items()}
         model.zero_grad()
         model.gradient_checkpointing_enable()
-        for name, grad in grads(model).items():
+        layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+        within = {part for layer in layers for part in layer.modules()}
+        targets = [t.module for t in model.targets if t.module in within] if own else []
+        for target in targets:  # before the call, which may be stopped early
+            target.register_forward_pre_hook(lambda module, args: called.append(module))
+        found = grads(model)
+        assert called or not targets, "no block was run again"
+        assert found.keys() == expected.keys(), "not the same parameters have gradients"
+        for name, grad in found.items():
             close(grad, expected[name], f"gradient of {name}", 1e-4)
 
     held_by(subject, measure, subject.reader())

@@ -241,28 +241,119 @@ def test_autocast_reads_in_float32(reader, tokens):
             assert torch.isfinite(reader(input_ids=ids).logits).all()
 
 
-def grads(reader, tokens, **options):
+def attention_calls(reader):
+    """A list that grows with each call of an attention. Counted before the call, which may be stopped early."""
+    calls = []
+    for module in reader.base.modules():
+        if type(module).__name__.endswith("Attention"):
+            module.register_forward_pre_hook(lambda m, args: calls.append(m))
+    return calls
+
+
+def grads(reader, tokens, rehearsed=None, backward=lambda loss: loss.backward()):
+    """Of a loss, and where `rehearsed` states are given, of a second one for as many, before the backward pass."""
     reader.train()
     ids, context = tokens(4, 8), tokens(2, 7, 3)
     reader.zero_grad()
-    reader(input_ids=ids, labels=ids, context_ids=context, **options).loss.backward()
+    loss = reader(input_ids=ids, labels=ids, context_ids=context).loss
+    if rehearsed:
+        with torch.no_grad():
+            base = reader(input_ids=ids).logits
+        answers = reader(input_ids=ids, context_ids=tokens(rehearsed, 7, 5)).logits
+        loss = loss + (answers - base).pow(2).mean()
+    backward(loss)
     return {name: p.grad.clone() for name, p in reader.generators.named_parameters()}
 
 
+@pytest.mark.parametrize("rehearsed", [None, 2, 1])
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_gives_the_same_gradients(make_reader, tokens, arch, reentrant):
+def test_checkpointing_gives_the_same_gradients(make_reader, tokens, arch, reentrant, rehearsed):
     reader = make_reader(arch=arch)  # GPT-2's config has dropout, which must stay off
-    expected = grads(reader, tokens)
+    expected = grads(reader, tokens, rehearsed)
     reader.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     if reentrant:
         reader.base.enable_input_require_grads()
-    found = grads(reader, tokens)
+    before, calls, again = hooks(reader), attention_calls(reader), []
+
+    def backward(loss):
+        calls.clear()
+        loss.backward()
+        again.extend(calls)
+
+    found = grads(reader, tokens, rehearsed, backward)
+    assert len(again) == reader.config.num_hidden_layers * (2 if rehearsed else 1)
     assert all(expected[name].any() for name in expected)
     for name, grad in found.items():
         torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
-    reader.eval()
-    assert all(module is reader.base.get_input_embeddings() for module in hooks(reader))  # transformers' own
+    assert all(m in before or type(m).__name__.endswith("Attention") for m in hooks(reader))
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+def test_nothing_of_a_checkpointed_pass_stays(make_reader, tokens, arch):
+    reader, plain, ids = make_reader(arch=arch), make_reader(arch=arch), tokens(2, 5)
+    reader.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    reader.train()
+    attributes, before = [dict(vars(module)) for module in reader.base.modules()], hooks(reader)
+    loss = reader(input_ids=ids, labels=ids, context_ids=tokens(2, 6, 3)).loss
+    for _ in range(2):
+        assert hooks(reader) == before
+        assert [dict(vars(module)) for module in reader.base.modules()] == attributes
+        assert not any(module.training for module in reader.base.modules())
+        assert torch.equal(logits(reader.base, ids), logits(plain.base, ids))
+        assert torch.equal(generate(reader, ids), generate(plain, ids))
+        if loss.requires_grad:
+            loss.backward()
+            loss = loss.detach()
+
+
+def test_a_backward_pass_is_that_of_its_own_forward_wherever_it_is_run(make_reader, tokens):
+    reader = make_reader()
+    state, expected = reader.read("something else"), grads(reader, tokens)
+    reader.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+    def within(loss):
+        with reader.adapted(state):
+            before = logits(reader, tokens(1, 5))
+            loss.backward()
+            assert torch.equal(logits(reader, tokens(1, 5)), before)
+
+    for name, grad in grads(reader, tokens, backward=within).items():
+        torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_checkpointed_pass_that_fails_leaves_the_base_clean(make_reader, tokens, monkeypatch):
+    reader = make_reader()
+    reader.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    reader.train()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("in the middle")
+
+    attributes, before = [dict(vars(module)) for module in reader.base.model.layers], hooks(reader)
+    with monkeypatch.context() as patch:
+        patch.setattr(reader.base.model.layers[1].mlp, "forward", fail)
+        with pytest.raises(RuntimeError, match="in the middle"):
+            reader(input_ids=tokens(2, 5), context_ids=tokens(2, 5, 3))
+    assert hooks(reader) == before
+    assert [dict(vars(module)) for module in reader.base.model.layers] == attributes
+
+
+@pytest.mark.parametrize("pattern", ["aaaa", "aabb", "aaab", "abab", "aabbbb"])
+def test_neighbours_of_one_state_share_its_factors(reader, states, tokens, pattern, monkeypatch):
+    of, ids = dict(zip("ab", states, strict=False)), tokens(2 * len(pattern), 5)
+    alone = []
+    for i, letter in enumerate(pattern):
+        with reader.adapted(of[letter]):
+            alone.append(logits(reader, ids[2 * i : 2 * i + 2]))
+    stacked, stack = [], torch.stack
+    monkeypatch.setattr(torch, "stack", lambda tensors, *a: stacked.append(len(tensors)) or stack(tensors, *a))
+    with reader.adapted([of[letter] for letter in pattern]):
+        assert max(stacked) == {"aaaa": 1, "aabb": 2, "aabbbb": 3}.get(pattern, 4)
+        torch.testing.assert_close(logits(reader, ids), torch.cat(alone))
+        if len(pattern) == 4:
+            with pytest.raises(UsageError, match="6 rows cannot be shared out among 4"):
+                reader(input_ids=tokens(6, 4))
 
 
 def test_training_lowers_the_loss_and_leaves_the_base(make_reader, make_base, tokens):

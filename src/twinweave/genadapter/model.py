@@ -8,13 +8,14 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import groupby
+from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..decoder import decoder_of
@@ -23,7 +24,7 @@ from ..fingerprint import fingerprint
 from . import saving
 from .config import GenerativeAdapterConfig, chunk_size_of
 from .generator import Generator, gathered
-from .passes import attach, checkpointing, listening, remove
+from .passes import Attached, Hook, adding, checkpointing, listening
 from .state import AdapterState, as_float, fixed_point
 from .targets import find_targets
 from .text import chunks_of, digest_and_pieces
@@ -59,8 +60,7 @@ class GenerativeAdapter(nn.Module):
             self._of_block.setdefault(target.block, []).append(index)
         self._tokenizer = tokenizer
         self._answering = False
-        self._kept: list[RemovableHandle] = []
-        self._checkpointed: list[RemovableHandle] = []
+        self._attached = Attached()
         self._fingerprint: tuple[Any, str] | None = None
 
     # --- reading ----------------------------------------------------------------------------------------------------
@@ -102,11 +102,9 @@ class GenerativeAdapter(nn.Module):
         with self._in_evaluation():
             for ids, own in chunks:
                 row = torch.tensor([ids], device=self.base.device)
-                handles = [] if before.additive else self._attach_factors(self._factors_of(total))
-                try:
+                hooks = [] if before.additive else self._adding_factors(self._factors_of(total))
+                with self._attached.only(hooks):
                     sums = self._chunk_sums(row, torch.ones_like(row))
-                finally:
-                    remove(handles)
                 named = {target.name: s[0] for target, s in zip(self.targets, sums, strict=True)}
                 for name, tensor in fixed_point(named).items():
                     total[name] += tensor
@@ -146,21 +144,22 @@ class GenerativeAdapter(nn.Module):
         if not states:
             raise UsageError("adapted() got no state. Use reader.empty_state() for having read nothing.")
         self._refuse_within_adapted("Another state is answered from")
-        remove(self._kept)
-        handles: list[RemovableHandle] = []
+        hooks: list[Hook] = []
         if not all(one.is_empty for one in states):
-            layers = zip(*(self.lora_factors(one).values() for one in states), strict=True)
+            # neighbours of one state share its factors, which are large
+            neighbours = gcd(*(len(list(run)) for _, run in groupby(states, key=id)))
+            layers = zip(*(self.lora_factors(one).values() for one in states[::neighbours]), strict=True)
             stacked = [(torch.stack([a for a, _ in layer]), torch.stack([b for _, b in layer])) for layer in layers]
-            handles = self._attach_factors(stacked)
+            hooks = self._adding_factors(stacked, len(states))
         else:
             for one in states:
                 self.check_state(one)
         self._answering = True
         try:
-            yield self
+            with self._attached.only(hooks):
+                yield self
         finally:
             self._answering = False
-            remove(handles)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The base's own `generate`; within `adapted`, from what was read."""
@@ -199,7 +198,6 @@ class GenerativeAdapter(nn.Module):
         or 1), in the order of the columns; without it every chunk is a state of its own. The batch has k·Q rows, k
         neighbours for each state. Prefixes of a segment are rows of a triangular `reads`: every chunk is read once.
         """
-        remove(self._kept)
         if context_ids is None:
             return self.base(*args, **kwargs)
         self._refuse_within_adapted("A context is read")
@@ -211,24 +209,20 @@ class GenerativeAdapter(nn.Module):
             partial(generator.change, normalized=generator.normalized(s))
             for generator, s in zip(self._generators, sums, strict=True)
         ]
-        handles = attach(self.targets, changes, len(reads))
-        try:
+        again = self.training and self._checkpoints and torch.is_grad_enabled()
+        if again:
+            kwargs.setdefault("use_cache", False)
+        with (
+            self._attached.only(adding(self.targets, changes, len(reads))),
+            checkpointing(self.base, self._attached) if again else nullcontext(),
+        ):
             return self.base(*args, **kwargs)
-        finally:
-            if torch.is_grad_enabled() and self._checkpoints:
-                self._kept = handles  # backward runs the blocks again; the next call removes them
-            else:
-                remove(handles)
 
     def train(self, mode: bool = True) -> "GenerativeAdapter":
         """As in torch, but for the base, which stays in evaluation mode: its dropout would blur what is read."""
-        remove(self._kept)
-        remove(self._checkpointed)
         self._fingerprint = None  # what writes into `data` leaves no trace in a version
         super().train(mode)
         self.base.eval()
-        if mode and self._checkpoints:
-            self._checkpointed = checkpointing(self.base)
         return self
 
     @property
@@ -240,12 +234,10 @@ class GenerativeAdapter(nn.Module):
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The base's own, whose blocks then run again in the backward pass."""
         self.base.gradient_checkpointing_enable(*args, **kwargs)
-        self.train(self.training)
 
     def gradient_checkpointing_disable(self) -> None:
         """The base's own."""
         self.base.gradient_checkpointing_disable()
-        self.train(self.training)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Trainable parameters and all parameters, as PEFT counts them."""
@@ -354,21 +346,18 @@ class GenerativeAdapter(nn.Module):
             pasts, which = torch.unique(reads[:, : column + 1], dim=0, return_inverse=True)
             row, seen = ids[column].expand(len(pasts), -1), mask[column].expand(len(pasts), -1)
             first = [int((which == past).nonzero()[0]) for past in range(len(pasts))]
-            handles = [] if column == 0 else self._attach_sums([s[first] for s in total])
-            try:
+            with self._attached.only([] if column == 0 else self._adding_sums([s[first] for s in total])):
                 sums = self._chunk_sums(row, seen)
-            finally:
-                remove(handles)
             total = [t + reads[:, column, None, None] * s[which] for t, s in zip(total, sums, strict=True)]
         return total
 
-    def _attach_sums(self, sums: Sequence[Tensor]) -> list[RemovableHandle]:
+    def _adding_sums(self, sums: Sequence[Tensor]) -> list[Hook]:
         with torch.no_grad():
             changes = [
                 partial(generator.change, normalized=generator.normalized(s))
                 for generator, s in zip(self._generators, sums, strict=True)
             ]
-        return attach(self.targets, changes, len(sums[0]))
+        return adding(self.targets, changes, len(sums[0]))
 
     def _factors_of(self, sums: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
         """The LoRA pair of each layer, A [r, in] and B [out, r]."""
@@ -379,14 +368,14 @@ class GenerativeAdapter(nn.Module):
                 for target, generator in zip(self.targets, self._generators, strict=True)
             ]
 
-    def _attach_factors(self, factors: Sequence[tuple[Tensor, Tensor]]) -> list[RemovableHandle]:
-        """Add the LoRA pairs A [Q, r, in] and B [Q, out, r] (or one pair without Q) to the layers."""
+    def _adding_factors(self, factors: Sequence[tuple[Tensor, Tensor]], states: int = 1) -> list[Hook]:
+        """Add the LoRA pairs A [Q, r, in] and B [Q, out, r] (or one pair without Q) to the layers. Each pair is that of
+        equally many neighbours among the `states`."""
         pairs = [(a[None], b[None]) if a.ndim == 2 else (a, b) for a, b in factors]
-        return attach(self.targets, [partial(_low_rank, a=a, b=b) for a, b in pairs], len(pairs[0][0]))
+        return adding(self.targets, [partial(_low_rank, a=a, b=b) for a, b in pairs], states)
 
     @contextmanager
     def _in_evaluation(self) -> Iterator[None]:
-        remove(self._kept)
         training = [module for module in self.modules() if module.training]
         for module in training:
             module.training = False
@@ -398,10 +387,12 @@ class GenerativeAdapter(nn.Module):
 
 
 def _low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """x [Q, N, in] through A [Q, r, in] and B [Q, out, r]; one pair multiplies without a batch dimension."""
+    """x [k·Q, N, in], k neighbours to each pair, through A [Q, r, in] and B [Q, out, r]: [k·Q, N, out]; one pair
+    multiplies without a batch dimension."""
     if len(a) == 1:
         return (x.to(a.dtype) @ a[0].T) @ b[0].T
-    return (x.to(a.dtype) @ a.mT) @ b.mT
+    y = (x.to(a.dtype).reshape(len(a), -1, x.shape[-1]) @ a.mT) @ b.mT
+    return y.view(*x.shape[:-1], -1)
 
 
 def _padded_last(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,8 +4,10 @@ out, and running blocks again in the backward pass.
 Nothing of the base is changed, and nothing stays behind. Knows nothing about states, texts or training.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +20,49 @@ from .targets import Source, Target, in_rows
 
 Listener = Callable[[nn.Module, Tensor], None]
 Change = Callable[[Tensor], Tensor]
+
+# autograd has a thread for each device, and a base on several is one set of modules
+_RUNNING = threading.RLock()
+
+
+@dataclass(frozen=True)
+class Hook:
+    """What is called at every call of `module`: with its output, or before it with all it is given."""
+
+    module: nn.Module
+    function: Callable[..., Any]
+    before: bool = False
+
+    def register(self) -> RemovableHandle:
+        """Put it on its module, as often as one likes."""
+        if self.before:
+            return self.module.register_forward_pre_hook(self.function, with_kwargs=True)
+        return self.module.register_forward_hook(self.function)
+
+
+class Attached:
+    """The hooks that are on a base now: `hooks`."""
+
+    def __init__(self) -> None:
+        self.hooks: Sequence[Hook] = ()
+        self._handles: list[RemovableHandle] = []
+
+    @contextmanager
+    def only(self, hooks: Sequence[Hook]) -> Iterator[None]:
+        """Have these on the base, and none of those that were; within the block."""
+        before = self.hooks
+        try:
+            self._change(hooks)
+            yield
+        finally:
+            self._change(before)
+
+    def _change(self, hooks: Sequence[Hook]) -> None:
+        if hooks is self.hooks:
+            return
+        while self._handles:
+            self._handles.pop().remove()
+        self.hooks, self._handles = hooks, [hook.register() for hook in hooks]
 
 
 @contextmanager
@@ -37,17 +82,12 @@ def listening(targets: Sequence[Target], shape: torch.Size, listener: Listener) 
 
         return hook
 
-    handles = [
-        block.register_forward_pre_hook(hook_of(source), with_kwargs=True) for block, source in _sources(targets)
-    ]
-    try:
+    with Attached().only([Hook(block, hook_of(source), before=True) for block, source in _sources(targets)]):
         yield
-    finally:
-        remove(handles)
 
 
-def attach(targets: Sequence[Target], changes: Sequence[Change], states: int) -> list[RemovableHandle]:
-    """Add `change(x)` to the output of each target until the handles are removed. It is computed in float32.
+def adding(targets: Sequence[Target], changes: Sequence[Change], states: int) -> list[Hook]:
+    """The hooks that add `change(x)` to the output of each target. It is computed in float32.
 
     `change` maps inputs [states, N, in] to [states, N, out]. The rows of a batch belong to the states in turn, equally
     many neighbours to each, as beams and samples of a row are neighbours in `generate`.
@@ -80,15 +120,10 @@ def attach(targets: Sequence[Target], changes: Sequence[Change], states: int) ->
 
         return hook
 
-    handles = [
-        target.module.register_forward_hook(hook_of(target, change))
-        for target, change in zip(targets, changes, strict=True)
-    ]
+    hooks = [Hook(target.module, hook_of(target, change)) for target, change in zip(targets, changes, strict=True)]
     if states > 1:
-        handles += [
-            block.register_forward_pre_hook(enter_of(source), with_kwargs=True) for block, source in _sources(targets)
-        ]
-    return handles
+        hooks += [Hook(block, enter_of(source), before=True) for block, source in _sources(targets)]
+    return hooks
 
 
 def _sources(targets: Sequence[Target]) -> list[tuple[nn.Module, Source]]:
@@ -96,30 +131,43 @@ def _sources(targets: Sequence[Target]) -> list[tuple[nn.Module, Source]]:
     return list({target.block: target.source for target in targets}.items())
 
 
-def checkpointing(base: nn.Module) -> list[RemovableHandle]:
-    """Let the blocks of a base in evaluation mode run again in the backward pass, until the handles are removed.
+@contextmanager
+def checkpointing(base: nn.Module, attached: Attached) -> Iterator[None]:
+    """Within the block, let the blocks of a base in evaluation mode be checkpointed, where they are asked to be.
 
-    transformers asks for training mode before it does so, and with that mode comes dropout. Here a block is in training
-    mode when it is called, and in evaluation mode while it runs.
+    In the backward pass they run again with the hooks of this pass, whatever is attached by then. transformers
+    checkpoints in training mode alone, and with that mode comes dropout. Here a block is in training mode when it is
+    called, and in evaluation mode while it runs.
     """
-    blocks = [module for module in base.modules() if isinstance(module, GradientCheckpointingLayer)]
-    handles = []
-    for block in blocks:
+    blocks: list[Any] = [block for block in base.modules() if isinstance(block, GradientCheckpointingLayer)]
+    asked = [
+        (block, block._gradient_checkpointing_func, block.training)
+        for block in blocks
+        if block.gradient_checkpointing and hasattr(block, "_gradient_checkpointing_func")
+    ]
+    for block, checkpoint, _ in asked:
+        block._gradient_checkpointing_func = _checkpoint_of(block, checkpoint, attached)
         block.training = True
-        handles.append(block.register_forward_pre_hook(_in_evaluation))
-        handles.append(block.register_forward_hook(_in_training, always_call=True))
-    return handles
+    try:
+        yield
+    finally:
+        for block, checkpoint, training in asked:
+            block._gradient_checkpointing_func = checkpoint
+            block.training = training
 
 
-def _in_evaluation(block: nn.Module, args: tuple[Any, ...]) -> None:
-    block.training = False
+def _checkpoint_of(block: nn.Module, checkpoint: Callable[..., Any], attached: Attached) -> Callable[..., Any]:
+    def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
+        hooks = attached.hooks
 
+        def run(*given: Any) -> Any:
+            with _RUNNING, attached.only(hooks):
+                training, block.training = block.training, False
+                try:
+                    return function(*given)
+                finally:
+                    block.training = training
 
-def _in_training(block: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-    block.training = True
+        return checkpoint(run, *args)
 
-
-def remove(handles: list[RemovableHandle]) -> None:
-    """Remove hooks; the list is empty afterwards."""
-    while handles:
-        handles.pop().remove()
+    return checkpointed
