@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import twinweave
 from twinweave.cli import main
-from twinweave.pocket import base_dir, reader_dir
+from twinweave.pocket import base_dir
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -61,19 +61,25 @@ def test_slim_page() -> None:
     assert names["model"].get_nb_trainable_parameters()[0] > 100_000
 
 
-def test_genadapter_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_genadapter_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    if not reader_dir().is_dir():
-        base = AutoModelForCausalLM.from_pretrained(base_dir(), dtype=torch.float32)
-        made = twinweave.GenerativeAdapter(base, twinweave.GenerativeAdapterConfig(state_size=16, rank=16))
-        made.save_pretrained(tmp_path / "reader")
-        monkeypatch.setattr("twinweave.pocket.reader_dir", lambda: tmp_path / "reader")
     page = (ROOT / "docs" / "genadapter.md").read_text(encoding="utf-8")
     names: dict[str, Any] = {}
     for block in blocks("python", page):
         exec(compile(block, "docs/genadapter.md", "exec"), names)
     assert (tmp_path / "people" / "adapter_model.safetensors").is_file()
-    assert torch.equal(names["answer"][0], names["served"].generate(**names["questions"], max_new_tokens=4)[0])
+    reader, questions, tokenizer = names["reader"], names["questions"], names["tokenizer"]
+    asked = questions["input_ids"].shape[1]
+
+    def written(ids: torch.Tensor) -> list[str]:
+        return [text.strip() for text in tokenizer.batch_decode(ids[:, asked:], skip_special_tokens=True)]
+
+    assert written(names["ids"])[0] == "swan"  # of the state that has read of Wanda Crane
+    assert written(names["answer"]) == ["swan", "swan"]  # by plain PEFT, from what was exported
+    assert "swan" not in written(reader.generate(**questions, max_new_tokens=4, do_sample=False))
+    other = tokenizer("What is the pet of Mara Jarvis?", return_tensors="pt")
+    asked = other["input_ids"].shape[1]
+    assert written(names["served"].generate(**other, max_new_tokens=4, do_sample=False)) == ["canary"]
     shown = [command for command in commands(page) if command[0] == "twinweave"]
     assert {command[1] for command in shown} == {"read", "generate", "forget"}
     for command in shown:
@@ -81,6 +87,8 @@ def test_genadapter_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(SystemExit) as end:
             main()
         assert not end.value.code, shlex.join(command)
+        if command[1] == "generate":
+            assert capsys.readouterr().out.split()[-1] == "swan"
     assert len(twinweave.AdapterState.load(tmp_path / "wanda").documents) == 1
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,9 @@ import tiny_runs
 from twinweave import AdapterState, GenerativeAdapter, GenerativeAdapterConfig
 from twinweave.cli import main
 from twinweave.pocket import base_dir, rows
+from twinweave.training import load_recipe
 
+ROOT = Path(__file__).parent.parent.parent
 TEXTS = [row["text"] for row in rows("documents")[:6]]
 QUESTION = rows("documents/questions")[0]["prompt"]
 FILES = {"adapter_state.safetensors", "adapter_config.json", "adapter_model.safetensors", "reader.json"}
@@ -319,6 +322,12 @@ def bad(work, call):
     ("arguments", "code", "named"),
     [
         (["read", "missing.txt", "--out", "new"], 2, ["'missing.txt'"]),
+        (["read", "my notes.txt", "--out", "new"], 2, ["'my notes.txt'"]),
+        (["read", "./my notes", "--out", "new"], 2, ["'./my notes'"]),
+        (["read", "~/my notes", "--out", "new"], 2, ["'~/my notes'"]),
+        (["forget", "made", "/my notes/0.jsonl"], 2, ["'/my notes/0.jsonl'"]),
+        (["read", "2.txt", "--out", "."], 2, ["."]),
+        (["read", "2.txt", "--out", ".."], 2, ["..", "around"]),
         (["read", "0.txt", "empty.txt", "--out", "new"], 1, ["empty.txt", "empty"]),
         (["read", "", "--out", "new"], 1, ["empty"]),
         (["read", "-", "--out", "new"], 1, ["standard input", "empty"]),
@@ -337,10 +346,11 @@ def bad(work, call):
         (["forget", "made", "0.txt", "--reader", "OTHER"], 1, ["made", "another generator"]),
         (["generate", "taken", "a", "--adapter", "made"], 2, ["taken", "generator"]),
         (["generate", "OTHER", "a", "--adapter", "made"], 1, ["made", "another generator", "OTHER"]),
+        (["generate", "pocket", "a"], 2, ["pocket", "--adapter"]),
         (["generate", "pocket", "a", "--adapter", "taken"], 1, ["taken"]),
         (["generate", "pocket", "a", "--adapter", "nowhere"], 1, ["nowhere"]),
         (["generate", "pocket", "a", "--adapter", "made", "--lens"], 2, ["--lens"]),
-        (["generate", "pocket", "a", "--adapter", "made", "--retention", "1"], 2, ["--retention"]),
+        (["generate", "pocket", "a", "--adapter", "made", "--retention", "1"], 2, ["--retention", "reader"]),
         (["generate", "pocket", "a " * 300, "--adapter", "made"], 2, ["window"]),
     ],
 )
@@ -353,6 +363,86 @@ def test_bad_requests_change_nothing(bad, call, readers, arguments, code, named)
     assert all(part.replace("OTHER", other) in message for part in named), message
     assert files_of(bad) == before
     assert not Path("new").exists()
+
+
+def test_the_folder_one_is_in_is_not_replaced(bad, call, monkeypatch):
+    monkeypatch.chdir("made")
+    before = files_of(bad)
+    for command in (["read", "../2.txt", "--out", "."], ["forget", bad / "made", "../0.txt"]):
+        code, out, err = call(*command)
+        assert (code, out) == (2, "")
+        assert "the folder you are in" in tiny_runs.error_of(err)
+    assert files_of(bad) == before
+
+
+def test_adapters_of_different_precision_are_not_added_up(work, call):
+    done(call("read", "0.txt", "--out", "full"))
+    done(call("read", "1.txt", "--out", "half", "--dtype", "bfloat16"))
+    for options in (["--adapter", "full", "--adapter", "half"], ["--adapter", "half", "--adapter", "full"]):
+        code, out, err = call("generate", "pocket", QUESTION, *options)
+        assert (code, out) == (2, "")
+        assert all(part in tiny_runs.error_of(err) for part in ("full in float32", "half in bfloat16"))
+
+
+def test_the_time_is_that_of_reading(work, call, monkeypatch):
+    clock, load, read = [0.0], GenerativeAdapter.from_pretrained, GenerativeAdapter.read
+
+    def loading(*args, **kwargs):
+        clock[0] += 100
+        return load(*args, **kwargs)
+
+    def reading(*args, **kwargs):
+        clock[0] += 7
+        return read(*args, **kwargs)
+
+    clock_of_read = SimpleNamespace(monotonic=lambda: clock[0])
+    monkeypatch.setattr(sys.modules["twinweave.cli.read"], "time", clock_of_read)
+    monkeypatch.setattr(GenerativeAdapter, "from_pretrained", loading)
+    monkeypatch.setattr(GenerativeAdapter, "read", reading)
+    out, _ = done(call("read", "0.txt", "1.txt", "--out", "made"))
+    assert "time:      14.0 seconds" in out
+
+
+def test_stopping_promises_nothing(work, call, monkeypatch):
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(GenerativeAdapter, "read", stopped)
+    code, out, err = call("read", "0.txt", "--out", "made")
+    assert (code, out) == (130, "")
+    assert "goes on" not in err
+    assert not Path("made").exists()
+
+
+def test_a_run_that_is_asked_before_it_read_says_that_the_base_answers(work, call, readers):
+    """As a run is left behind: its results, and the generator in best."""
+    shutil.copytree(readers / "run", "run")
+    documents = {"data": "pocket:contexts/train", "context": "context"}
+    target = {"name": "letters", "kind": "generation", "data": "pocket:letters/test"}
+    recipe = {"base": "pocket", "train": documents, "target": target, "method": "generative_adapter"}
+    recipe |= {"methods": ["generative_adapter"]}
+    Path("run", "results.json").write_text(json.dumps({"schema": 1, "recipe": recipe}))
+    answer, err = done(call("generate", "run", QUESTION))
+    assert "nothing was read, so the base answers" in err
+    assert "--adapter" in err
+    done(call("read", "0.txt", "--out", "made"))
+    told, err = done(call("generate", "run", QUESTION, "--adapter", "made"))
+    assert "nothing was read" not in err
+    assert told != answer
+    code, _, err = call("generate", "run", QUESTION, "--memory", "original")
+    assert code == 2
+    assert "is a reader" in tiny_runs.error_of(err)
+
+
+@pytest.mark.parametrize("name", ["generative-adapter-mistral7b", "generative-adapter-mistral7b-qa"])
+def test_the_published_recipes_load_on_a_base_and_text_of_our_own(tmp_path, name):
+    base, rows = tiny_runs.save_base(tmp_path / "base"), tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "a b c", "context": "a b", "question": "a", "answers": {"text": ["b"]}}) + "\n")
+    names = ["train.data", "target.data", *(["evaluation.read"] if name.endswith("qa") else [])]
+    overrides = [f"base.name={base}", "base.pad_token=null", *(f"{name}={rows}" for name in names)]
+    recipe = load_recipe(str(ROOT / "recipes" / "paper" / f"{name}.yaml"), overrides)
+    assert recipe.rehearsal is None
+    assert recipe.documents() == (["a b c"] if recipe.retained else [])  # a retained task is asked with an adapter on
 
 
 def test_the_reader_of_another_base(work, call):

@@ -58,8 +58,13 @@ def main() -> None:
         _say_error(f"{error}. See to it and run the same command to go on.")
         sys.exit(1)
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from here")
+        console.print("stopped; the same command goes on from here" if _goes_on() else "stopped")
         sys.exit(130)
+
+
+def _goes_on() -> bool:
+    """Whether the command that was called keeps what it has done so far when it is stopped."""
+    return sys.argv[1:2] in (["demo"], ["train"], ["compare"])
 
 
 def _say_error(message: str) -> None:

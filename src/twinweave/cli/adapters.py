@@ -74,8 +74,19 @@ def read_record(folder: Path) -> ReaderRecord:
     return record
 
 
+def check_replaceable(folder: Path) -> None:
+    """Raises UsageError for the working directory and those around it: a folder is replaced whole, and whoever works
+    in it would be nowhere afterwards."""
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UsageError(
+            f"{folder} is the folder you are in, or one around it, and it would be replaced. Name another, or go to "
+            "the folder it is in and name it from there."
+        )
+
+
 def free_or_ours(folder: Path) -> bool:
     """Whether `folder` is a generated adapter's; False where nothing is there. Raises UsageError for something else."""
+    check_replaceable(folder)
     if (folder / READER_NAME).is_file():
         return True
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -98,10 +109,18 @@ def write_adapter(folder: Path, state: AdapterState, reader: GenerativeAdapter, 
 def answering(run: str, folders: Sequence[Path], base: str | None) -> tuple[GenerativeAdapter, AdapterState]:
     """The reader in `run`, and the state of having read what all of `folders` have read.
 
-    Raises DamagedFileError for a folder without a state, and BaseMismatchError for one of another reader.
+    Raises DamagedFileError for a folder without a state, BaseMismatchError for one of another reader, and UsageError
+    for folders that were read in different precision.
     """
     states = [AdapterState.load(folder) for folder in folders]  # before a large base is
-    records = [read_record(folder) for folder in folders if (folder / READER_NAME).is_file()]
+    found = {folder: read_record(folder) for folder in folders if (folder / READER_NAME).is_file()}
+    records = list(found.values())
+    if len({record.dtype for record in records}) > 1:
+        read_in = ", ".join(f"{folder} in {record.dtype}" for folder, record in found.items())
+        raise UsageError(
+            f"These adapters were read in different precision and cannot be added up: {read_in}. Read the texts again "
+            "with one --dtype for all."
+        )
     record = records[0] if records else ReaderRecord(run, None, "float32")
     reader = open_reader(run, base or record.base, record.dtype)
     for folder, state in zip(folders, states, strict=True):

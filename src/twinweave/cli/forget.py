@@ -9,7 +9,7 @@ import typer
 from ..errors import UsageError
 from ..genadapter import AdapterState
 from ..progress import track
-from .adapters import belong, note_other_rounding, read_record, write_adapter
+from .adapters import belong, check_replaceable, note_other_rounding, read_record, write_adapter
 from .texts import documents_of
 
 
@@ -27,6 +27,7 @@ def forget(
 
     Example: `twinweave forget wanda notes.md`
     """
+    check_replaceable(adapter)
     old = read_record(adapter)
     state = AdapterState.load(adapter)
     documents = documents_of(texts)

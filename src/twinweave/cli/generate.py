@@ -12,6 +12,8 @@ from ..data import encode_prompt
 from ..errors import UsageError
 from ..evaluation import has_lens, original_shares, token_texts
 from ..evaluation.generate import greedy_settings, no_own_settings
+from ..genadapter import GenerativeAdapter
+from ..progress import say
 from ..training import load_window
 from ..training.base import window_of
 from .adapters import answering
@@ -49,8 +51,15 @@ def generate(
         model, state = answering(str(run), adapter, base)
         tokenizer, window, having_read = model.tokenizer, window_of(model.config), model.adapted(state)
     else:
+        if str(run) == "pocket" and not run.exists():
+            raise UsageError(
+                "pocket is the reader that is shipped, and answers from what it has read. Name the folder of that with "
+                "--adapter; `twinweave read TEXT --out FOLDER` makes one."
+            )
         model, tokenizer, recipe = open_run(run, base)
         window, having_read = load_window(recipe.base), nullcontext()
+        if isinstance(model, GenerativeAdapter):
+            say("nothing was read, so the base answers; name what `read` wrote with --adapter")
     max_new_tokens = max_new_tokens or min(64, window // 2)
     if window <= max_new_tokens:
         raise UsageError(

@@ -42,7 +42,6 @@ def read(
 
     Example: `twinweave read notes.md "Wanda Crane keeps a swan." --out wanda`
     """
-    begun = time.monotonic()
     documents = documents_of(texts)
     old = read_record(out) if free_or_ours(out) else None
     if old and dtype and dtype != old.dtype:
@@ -64,6 +63,7 @@ def read(
         typer.echo(f"documents: 0 read, all {len(known)} known before\nadapter:   {out}")
         return
     opened = asked.open()
+    begun = time.monotonic()  # what another text costs, and not what the base takes to load
     record = asked.made_by(opened)
     if state is None:
         state = opened.empty_state()

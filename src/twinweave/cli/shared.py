@@ -104,7 +104,8 @@ def dialled(model: Any, memory: str | None, retention: float | None) -> Iterator
         yield
         return
     if not isinstance(model, IMSMModel):
-        raise UsageError("--memory and --retention are for IMSM models; this run holds a plain adapter.")
+        held = "is a reader (GenerativeAdapter)" if isinstance(model, GenerativeAdapter) else "holds a plain adapter"
+        raise UsageError(f"--memory and --retention are for IMSM models; this run {held}.")
     if retention is not None:
         model.retention = retention
     with model.use_memory(memory or "interwoven"):  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from ..genadapter.text import digest_and_pieces
 from ..progress import say
 
 _ENDINGS = (".txt", ".md")
+# A path that is misspelt should not be read as a text for having a space in it.
+_LIKE_A_PATH = re.compile(r"\s*(~|/|\.\.?/).*|.*\.[A-Za-z][A-Za-z0-9]{1,4}")
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,8 @@ def documents_of(arguments: Iterable[str]) -> list[Document]:
 
     A file, a folder (its .txt and .md files, those of folders in it too, sorted), `-` (standard input), or, where there
     is no such path and there is white space in it, the text itself. Every text is looked through to its end.
-    Raises UsageError for a word that is no path, and DataError for a text that is missing, empty or not UTF-8.
+    Raises UsageError for a word that is no path, or what looks like a path and is none, and DataError for a text that
+    is missing, empty or not UTF-8.
     """
     found: dict[str, Document] = {}
     for argument in arguments:
@@ -57,6 +61,11 @@ def _sources(argument: str) -> list[tuple[str, str | Path]]:
         raise UsageError(
             f"There is no file or folder '{argument}'. Check the path; a text of one word can come from standard input "
             "(-)."
+        )
+    if _LIKE_A_PATH.fullmatch(argument):
+        raise UsageError(
+            f"There is no file or folder '{argument}'. Check the path; a text that looks like one can come from "
+            "standard input (-)."
         )
     words = argument.split()
     name = f"'{' '.join(words[:6])}{' …' if len(words) > 6 else ''}'"
