@@ -389,6 +389,8 @@ class GenerativeAdapter(nn.Module):
 def _low_rank(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """x [k·Q, N, in], k neighbours to each pair, through A [Q, r, in] and B [Q, out, r]: [k·Q, N, out]; one pair
     multiplies without a batch dimension."""
+    if len(a) == 1 and x.shape[:-1].numel() == 1:  # one token: libraries have faster products for a vector
+        return torch.mv(b[0], torch.mv(a[0], x.reshape(-1).to(a.dtype))).view(*x.shape[:-1], -1)
     if len(a) == 1:
         return (x.to(a.dtype) @ a[0].T) @ b[0].T
     y = (x.to(a.dtype).reshape(len(a), -1, x.shape[-1]) @ a.mT) @ b.mT

@@ -114,8 +114,12 @@ def adding(targets: Sequence[Target], changes: Sequence[Change], states: int) ->
                     f"{target.name} is given {list(x.shape)}, which does not say the row of each token, so {states} "
                     "states cannot be answered from in one batch. Answer from one at a time."
                 )
-            with torch.autocast(x.device.type, enabled=False):
-                added = change(x.reshape(states, -1, x.shape[-1]))
+            rows = x.reshape(states, -1, x.shape[-1])
+            if torch.is_autocast_enabled(x.device.type):  # asked first: while decoding, entering the block costs
+                with torch.autocast(x.device.type, enabled=False):
+                    added = change(rows)
+            else:
+                added = change(rows)
             return output + added.view(output.shape).to(output.dtype)
 
         return hook
