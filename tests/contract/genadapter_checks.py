@@ -41,10 +41,10 @@ class Reading:
     def base(self) -> PreTrainedModel:
         return copy.deepcopy(self.pristine)
 
-    def reader(self, moved: bool = True) -> GenerativeAdapter:
+    def reader(self, moved: bool = True, **settings: Any) -> GenerativeAdapter:
         """A fresh generator over a fresh base, the same at every call."""
         torch.manual_seed(7)
-        model = GenerativeAdapter(self.base(), GenerativeAdapterConfig(**SETTINGS))
+        model = GenerativeAdapter(self.base(), GenerativeAdapterConfig(**{**SETTINGS, **settings}))
         if moved:
             for generator in model._generators:
                 torch.nn.init.normal_(generator.output, std=0.5)
@@ -209,6 +209,8 @@ def batch_of_states(subject: Reading) -> None:
                 close(together[2 * i : 2 * i + 2], logits_of(model, ids[2 * i : 2 * i + 2]), "logits in a batch, alone")
 
     held_by(subject, measure, reader)
+    # a context in the call is iterated upon and a state decomposed; divided by a number both are the same
+    reader = subject.reader(normalization="frobenius", rank=SETTINGS["state_size"])
     context = subject.tokens(STATES, 8, seed=40)
     live = logits_of(reader, ids, context_ids=context)
     with reader.adapted([reader.read_ids([row.tolist()]) for row in context]):

@@ -68,7 +68,7 @@ def test_base_none_loads_the_recorded_base(make_base, make_imsm, ids, tmp_path):
     half = IMSMModel.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16
     shutil.rmtree(tmp_path / "base")
-    with pytest.raises(UnsupportedModelError, match=r"Pass base="):
+    with pytest.raises(UnsupportedModelError, match=r"base=MODEL"):
         IMSMModel.from_pretrained(tmp_path / "saved")
 
 
