@@ -23,8 +23,8 @@ from twinweave import GenerativeAdapter
 from twinweave.data.encode import bos_ids
 from twinweave.evaluation.statistics import bootstrap_ci95
 from twinweave.files import write_json_atomic, write_text_atomic
-from twinweave.genadapter.text import chunks_of
 from twinweave.progress import say, track
+from twinweave.text import chunks_of
 
 from .measure import provenance
 

@@ -5,6 +5,7 @@ Helpers are handed out as fixtures, because test folders are not packages.
 
 import os
 import shutil
+import string
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -25,6 +26,7 @@ from peft import (
     PeftConfig,
     VeraConfig,
 )
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -32,6 +34,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 
 from twinweave import IMSMConfig, IMSMModel, get_imsm_model
@@ -39,6 +42,7 @@ from twinweave import IMSMConfig, IMSMModel, get_imsm_model
 torch.set_num_threads(1)
 
 VOCAB, HIDDEN, PAD = 61, 32, 0
+CHARACTERS = string.ascii_lowercase + string.digits + " \n\r.,:?!-'"
 ARCHITECTURES = ("llama", "gpt2", "gemma3", "mistral")
 PEFT_KINDS = ("lora", "dora", "ia3", "adalora", "oft", "loha", "vera", "ln_tuning")
 
@@ -214,3 +218,12 @@ def world(_world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
     shutil.copytree(_world, tmp_path / "world")
     monkeypatch.chdir(tmp_path / "world")
     return tmp_path / "world"
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token for each character, `<s>` in front."""
+    vocabulary = {"<pad>": 0, "<s>": 1, "<unk>": 2} | {c: i for i, c in enumerate(CHARACTERS, start=3)}
+    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", unk_token="<unk>", pad_token="<pad>")

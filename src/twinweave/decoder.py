@@ -1,6 +1,8 @@
 """Which module of a causal language model is its decoder: everything below the head. Knows nothing about methods."""
 
-from torch import nn
+from typing import Any
+
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -11,3 +13,13 @@ def decoder_of(base: PreTrainedModel) -> nn.Module | None:
     found = [m for m in (base.get_decoder(), *named) if isinstance(m, nn.Module) and m is not base and m is not head]
     whole = (m for m in found if (inside := set(m.modules())) and embeddings in inside and head not in inside)
     return next(whole, found[0] if found else None)
+
+
+def with_last_hidden_state(output: Any, state: Tensor) -> Any:
+    """The decoder's output (a ModelOutput or a tuple) with another last hidden state."""
+    if isinstance(output, tuple):
+        return (state, *output[1:])
+    output.last_hidden_state = state
+    if getattr(output, "hidden_states", None) is not None:
+        output.hidden_states = (*output.hidden_states[:-1], state)
+    return output

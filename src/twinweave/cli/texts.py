@@ -10,8 +10,8 @@ from pathlib import Path
 import typer
 
 from ..errors import DataError, UsageError
-from ..genadapter.text import digest_and_pieces
 from ..progress import say
+from ..text import digest_and_pieces
 
 _ENDINGS = (".txt", ".md")
 # A path that is misspelt should not be read as a text for having a space in it.

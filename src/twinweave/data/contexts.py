@@ -16,8 +16,8 @@ from twinweave.data.collator import IGNORED_LABEL, attention_mask_of, pad_rows
 from twinweave.data.encode import Encoded
 from twinweave.data.templates import Example
 from twinweave.errors import DataError
-from twinweave.genadapter.text import chunks_of
 from twinweave.progress import track
+from twinweave.text import chunks_of
 
 QUESTIONS_PER_CONTEXT = 16
 Tokens = list[int]

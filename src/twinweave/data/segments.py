@@ -21,8 +21,8 @@ from twinweave.data.formats import load_rows
 from twinweave.data.prepare import DataReport, Source, TrainingData, hold_out
 from twinweave.data.templates import fill_template
 from twinweave.errors import DataError
-from twinweave.genadapter.text import chunks_of
 from twinweave.progress import track
+from twinweave.text import chunks_of
 
 SEGMENT_CHUNKS = 8
 

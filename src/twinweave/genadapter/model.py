@@ -18,16 +18,17 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..checkpointing import Scope, checkpointing, is_asked_for
 from ..decoder import decoder_of
 from ..errors import BaseMismatchError, DamagedFileError, DataError, UnsupportedModelError, UsageError
 from ..fingerprint import fingerprint
+from ..text import chunks_of, digest_and_pieces
 from . import saving
 from .config import GenerativeAdapterConfig, chunk_size_of
 from .generator import Generator, gathered
-from .passes import Attached, Hook, adding, checkpointing, listening
+from .passes import Attached, Hook, adding, listening
 from .state import AdapterState, as_float, fixed_point
 from .targets import find_targets
-from .text import chunks_of, digest_and_pieces
 
 Text = str | os.PathLike[str] | Iterable[str]
 
@@ -209,12 +210,14 @@ class GenerativeAdapter(nn.Module):
             partial(generator.change, normalized=generator.normalized(s))
             for generator, s in zip(self._generators, sums, strict=True)
         ]
-        again = self.training and self._checkpoints and torch.is_grad_enabled()
+        again = self.training and is_asked_for(self.base) and torch.is_grad_enabled()
         if again:
             kwargs.setdefault("use_cache", False)
         with (
             self._attached.only(adding(self.targets, changes, len(reads))),
-            checkpointing(self.base, self._attached) if again else nullcontext(),
+            checkpointing(self.base, lambda: partial(self._attached.only, self._attached.hooks))
+            if again
+            else nullcontext(),
         ):
             return self.base(*args, **kwargs)
 
@@ -224,12 +227,6 @@ class GenerativeAdapter(nn.Module):
         super().train(mode)
         self.base.eval()
         return self
-
-    @property
-    def _checkpoints(self) -> bool:
-        # its name from transformers 5.23 on, and before
-        names = ("is_activation_checkpointing", "is_gradient_checkpointing")
-        return bool(next((getattr(self.base, name) for name in names if hasattr(self.base, name)), False))
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The base's own, whose blocks then run again in the backward pass."""
@@ -318,6 +315,9 @@ class GenerativeAdapter(nn.Module):
         """The base would read through the adapter, and the state would depend on it."""
         if self._answering:
             raise UsageError(f"{what} within adapted(). End that block first; states add up with +.")
+
+    def _scope_of_now(self) -> Scope:
+        return partial(self._attached.only, self._attached.hooks)
 
     # --- passes -----------------------------------------------------------------------------------------------------
 

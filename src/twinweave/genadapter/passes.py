@@ -1,10 +1,9 @@
 """What is done to a base while it runs: listening to what its blocks are given, adding to what its linear layers put
-out, and running blocks again in the backward pass.
+out.
 
 Nothing of the base is changed, and nothing stays behind. Knows nothing about states, texts or training.
 """
 
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,16 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import UnsupportedModelError, UsageError
 from .targets import Source, Target, in_rows
 
 Listener = Callable[[nn.Module, Tensor], None]
 Change = Callable[[Tensor], Tensor]
-
-# autograd has a thread for each device, and a base on several is one set of modules
-_RUNNING = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -133,45 +128,3 @@ def adding(targets: Sequence[Target], changes: Sequence[Change], states: int) ->
 def _sources(targets: Sequence[Target]) -> list[tuple[nn.Module, Source]]:
     """Each block once, and where it is given its states."""
     return list({target.block: target.source for target in targets}.items())
-
-
-@contextmanager
-def checkpointing(base: nn.Module, attached: Attached) -> Iterator[None]:
-    """Within the block, let the blocks of a base in evaluation mode be checkpointed, where they are asked to be.
-
-    In the backward pass they run again with the hooks of this pass, whatever is attached by then. transformers
-    checkpoints in training mode alone, and with that mode comes dropout. Here a block is in training mode when it is
-    called, and in evaluation mode while it runs.
-    """
-    blocks: list[Any] = [block for block in base.modules() if isinstance(block, GradientCheckpointingLayer)]
-    asked = [
-        (block, block._gradient_checkpointing_func, block.training)
-        for block in blocks
-        if block.gradient_checkpointing and hasattr(block, "_gradient_checkpointing_func")
-    ]
-    for block, checkpoint, _ in asked:
-        block._gradient_checkpointing_func = _checkpoint_of(block, checkpoint, attached)
-        block.training = True
-    try:
-        yield
-    finally:
-        for block, checkpoint, training in asked:
-            block._gradient_checkpointing_func = checkpoint
-            block.training = training
-
-
-def _checkpoint_of(block: nn.Module, checkpoint: Callable[..., Any], attached: Attached) -> Callable[..., Any]:
-    def checkpointed(function: Callable[..., Any], *args: Any) -> Any:
-        hooks = attached.hooks
-
-        def run(*given: Any) -> Any:
-            with _RUNNING, attached.only(hooks):
-                training, block.training = block.training, False
-                try:
-                    return function(*given)
-                finally:
-                    block.training = training
-
-        return checkpoint(run, *args)
-
-    return checkpointed

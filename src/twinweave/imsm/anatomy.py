@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from ..decoder import with_last_hidden_state
 from ..errors import UnsupportedModelError
 from .adapters import dropout_off
-from .weave import with_last_hidden_state
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel
 from transformers.pipelines.base import SUPPORTED_PEFT_TASKS
 
-from ..decoder import decoder_of
+from ..decoder import decoder_of, with_last_hidden_state
 from ..errors import UsageError, unknown_name
 from ..fingerprint import fingerprint
 from . import card, saving
@@ -45,7 +45,7 @@ from .starts import START, activate, load_joined, save_joined
 from .switches import follow_labels, make_switchable
 from .twin import Plan, Twin
 from .virtual import PromptedCache, PromptedTwin
-from .weave import Call, weave, with_last_hidden_state
+from .weave import Call, weave
 
 SUPPORTED_PEFT_TASKS["text-generation"].append("IMSMModel")  # or `pipeline` complains, though it works
 

@@ -132,13 +132,3 @@ def _query_projection(features: Tensor, call: Call, cache: TwinCache | None, kwa
     if call.prompt_columns is not None and state.columns >= call.prompt_columns:
         state.settle(mean[:, -1:], by=call)
     return mean
-
-
-def with_last_hidden_state(output: Any, state: Tensor) -> Any:
-    """The decoder's output (a ModelOutput or a tuple) with another last hidden state."""
-    if isinstance(output, tuple):
-        return (state, *output[1:])
-    output.last_hidden_state = state
-    if getattr(output, "hidden_states", None) is not None:
-        output.hidden_states = (*output.hidden_states[:-1], state)
-    return output

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import DataError
+from .errors import DataError
 
 BLOCK = 1 << 16  # characters
 _PIECE = 1 << 20
