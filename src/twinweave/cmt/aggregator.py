@@ -1,0 +1,66 @@
+"""The aggregator: what the selected memories say to a question. Knows nothing about documents, banks or the base."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from .config import CMTConfig
+
+
+class CrossAttentionBlock(nn.Module):
+    """A pre-norm block: the question's vectors look into the memories, then a feed-forward."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.query = nn.Linear(width, width, bias=False)
+        self.key_value = nn.Linear(width, 2 * width, bias=False)
+        self.output = nn.Linear(width, width, bias=False)
+        self.feed_forward = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor, memories: Tensor, mask: Tensor | None) -> Tensor:
+        """x [B, k, W]; memories [B or 1, N, W], normalised; mask bool [B, 1, 1, N], where there is one."""
+        rows, heads = len(x), self.heads
+        key, value = self.key_value(memories).expand(rows, -1, -1).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
+        query = self.query(self.norm(x)).unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, H, k, W / H]
+        found = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        x = x + self.output(found.transpose(1, 2).flatten(2))
+        return x + self.feed_forward(x)
+
+
+class Aggregator(nn.Module):
+    """psi: M* from the question's vectors and the selected memories, by cross-attention.
+
+    No position says which memory comes first, so their order cannot matter.
+    """
+
+    def __init__(self, hidden_size: int, settings: CMTConfig) -> None:
+        super().__init__()
+        width = settings.aggregator_heads * settings.aggregator_head_size
+        self.question_in = nn.Linear(hidden_size, width, bias=False)
+        self.memory_in = nn.Sequential(nn.Linear(hidden_size, width, bias=False), nn.LayerNorm(width))
+        self.blocks = nn.ModuleList(
+            CrossAttentionBlock(width, settings.aggregator_heads) for _ in range(settings.aggregator_layers)
+        )
+        self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden_size, bias=False))
+
+    def forward(self, question: Tensor, memories: Tensor, mask: Tensor | None = None) -> Tensor:
+        """M* [B, k, D].
+
+        question: [B, k, D]. memories: [B, N, k, D], or [1, N, k, D] where all questions see the same. mask: bool
+        [B, N], False where a row has fewer memories; None: every row has all.
+        """
+        tokens = memories.shape[2]
+        x, seen = self.question_in(question), self.memory_in(memories.flatten(1, 2))
+        allowed = None if mask is None else mask.repeat_interleave(tokens, dim=1)[:, None, None]
+        for block in self.blocks:
+            x = block(x, seen, allowed)
+        return self.out(x)
+
+
+def pooled(memories: Tensor) -> Tensor:
+    """What memories are compared by: the mean of the k vectors [..., k, D], L2-normalised, [..., D]."""
+    return torch.nn.functional.normalize(memories.float().mean(-2), dim=-1)

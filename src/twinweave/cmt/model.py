@@ -1,0 +1,537 @@
+"""A frozen base that answers from a bank of documents, each compressed once into a few vectors.
+
+Knows nothing about training loops, tasks or files. Compression is in `compressor.py`, what the memories say to a
+question in `aggregator.py`, how the base gets to see it in `prefix.py`, where memories are kept in `bank.py`.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import AutoTokenizer, DynamicCache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..checkpointing import checkpointing, is_asked_for
+from ..decoder import with_last_hidden_state
+from ..errors import DataError, TwinweaveError, UnsupportedModelError, UsageError
+from ..fingerprint import fingerprint
+from ..text import chunks_of, digest_and_pieces
+from . import saving
+from .aggregator import Aggregator, pooled
+from .bank import Hit, Memory, MemoryBank
+from .checks import check_adapter, check_base
+from .compressor import Compressor, padded_first
+from .config import CMTConfig, chunk_size_of
+from .contrast import ContrastWithoutMemory
+from .objective import contrasted, self_matching
+from .prefix import Prefix, fill, shapes_of, take_cache
+
+IGNORED = -100
+Text = str | os.PathLike[str]
+Where = str | Mapping[str, Any]
+
+
+class MemoryModel(nn.Module):
+    """A base with a bank of compressed documents. Only compressor, aggregator and prefix are trained, and saved.
+
+    `adapter`: the compressor's, of PEFT; LoRA of rank 16 on all linear layers by default. `bank`: a `MemoryBank`'s path
+    that ends in `.lance`, or None for a model without documents. `tokenizer`: needed for texts; without one it is
+    loaded from where the base came from. Raises UnsupportedModelError for a base that cannot carry it.
+    """
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        config: CMTConfig | None = None,
+        adapter: PeftConfig | None = None,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        bank: str | os.PathLike[str] | None = None,
+    ) -> None:
+        super().__init__()
+        check_base(base)
+        self.settings = config or CMTConfig()
+        adapter = adapter or LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+        check_adapter(adapter)
+        self.base_fingerprint = fingerprint(base)
+        shapes = shapes_of(base.requires_grad_(False))
+        device = base.device
+        self.compressor = Compressor(base, adapter, self.settings.memory_tokens)
+        width = self.compressor.tokens.shape[1]
+        self.aggregator = Aggregator(width, self.settings).to(device)
+        self.prefix = Prefix(width, self.settings.prefix_rank, shapes).to(device)
+        self._tokenizer = tokenizer
+        self._fingerprint: tuple[Any, str] | None = None
+        self._bank_path: str | None = None
+        self._bank: MemoryBank | None = None
+        if bank is not None:
+            self.open_bank(bank)
+
+    # --- documents --------------------------------------------------------------------------------------------------
+
+    def open_bank(self, path: str | os.PathLike[str] | None) -> None:
+        """Answer from the bank at `path` from now on; None: from none. Raises BaseMismatchError for one that another
+        compressor has written."""
+        before, self._bank_path, self._bank = self._bank_path, None if path is None else os.fspath(path), None
+        if path is not None:
+            try:
+                _ = self.bank  # another compressor's is refused now, not at the first question
+            except TwinweaveError:
+                self._bank_path = before
+                raise
+
+    @property
+    def bank(self) -> MemoryBank:
+        """The bank of this compressor's memories. Raises UsageError where none was given, and BaseMismatchError for
+        one that another compressor, or this one before more training, has written."""
+        if self._bank_path is None:
+            raise UsageError("This model has no bank. Pass bank=PATH.lance to MemoryModel.from_pretrained.")
+        made_by = self.fingerprint()
+        if self._bank is None or self._bank.compressor != made_by:
+            shape = (self.settings.memory_tokens, self.compressor.tokens.shape[1])
+            self._bank = MemoryBank(self._bank_path, made_by, shape)
+        return self._bank
+
+    def memorize(
+        self,
+        documents: Text | Iterable[Text],
+        ids: str | Iterable[str] | None = None,
+        metadata: Mapping[str, Any] | Iterable[Mapping[str, Any]] | None = None,
+        *,
+        batch_size: int = 16,
+    ) -> list[str]:
+        """Compress documents and put them into the bank; the id of each.
+
+        A document is a str, or a path whose UTF-8 text is read. `ids`: their names; without one a document goes by the
+        start of its SHA-256. A text that is in the bank already is not compressed again, and keeps the name it has
+        there; another text under a name that is there replaces the old one. Each batch is one change of the bank.
+        Raises DataError for a document that is empty or not UTF-8, and UsageError.
+        """
+        single = isinstance(documents, str | os.PathLike)
+        texts = [documents] if single else list(documents)  # type: ignore[arg-type]
+        names = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
+        told = [metadata] if isinstance(metadata, Mapping) else None if metadata is None else list(metadata)
+        for what, given in (("ids", names), ("metadata", told)):
+            if given is not None and len(given) != len(texts):
+                raise UsageError(f"{what} has {len(given)} entries for {len(texts)} documents. Give one for each.")
+        if names is not None and (bad := next((n for n in names if not isinstance(n, str) or not n.strip()), None)):
+            raise UsageError(f"{bad!r} is no id. Give each document a name that is a text.")
+        found: list[str] = []
+        for start in range(0, len(texts), batch_size):
+            part = slice(start, start + batch_size)
+            found += self._memorize(texts[part], names and names[part], told and told[part], batch_size)
+        return found
+
+    def forget(self, ids: str | Iterable[str]) -> list[str]:
+        """Take documents out of the bank; the ids that were there."""
+        return self.bank.remove([ids] if isinstance(ids, str) else list(ids))
+
+    def search(
+        self, questions: str | Sequence[str], top_k: int | None = None, where: Where | None = None
+    ) -> list[list[Hit]]:
+        """The `top_k` memories most similar to each question, the nearest first. `where`: see `MemoryBank.search`."""
+        ids, mask = self._encode(questions)
+        return self.bank.search(pooled(self._compressed(ids, mask)), self._top_k(top_k), where)
+
+    # --- answers ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        questions: str | Sequence[str] | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        top_k: int | None = None,
+        where: Where | None = None,
+        contrast: float = 0.0,
+        **options: Any,
+    ) -> Any:
+        """Answers from the `top_k` memories most similar to each question; of an empty bank, the base's own.
+
+        questions: a text, or several; then the answers are texts too. Or `input_ids` [B, T], as of transformers (padded
+        on the left), and the result is that of transformers' generate. `where`: see `MemoryBank.search`. `contrast`:
+        alpha of contrastive decoding, (1 + alpha) l(y | M*, q) - alpha l(y | q), which takes a second pass; 0: off.
+        `options`: those of transformers' generate.
+        """
+        if (questions is None) == (input_ids is None):
+            raise UsageError("generate() takes questions, or input_ids. Give one of them.")
+        if input_ids is not None:
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            return self._generate(input_ids, mask, top_k, where, contrast, options)
+        assert questions is not None
+        if isinstance(questions, Sequence) and not questions:
+            return []
+        ids, mask = self._encode(questions)
+        options.setdefault("pad_token_id", self._pad_id)
+        output = self._generate(ids, mask, top_k, where, contrast, options)
+        sequences = output if isinstance(output, Tensor) else output.sequences
+        texts = self.tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
+        texts = [text.strip() for text in texts]
+        return texts[0] if isinstance(questions, str) and len(texts) == 1 else texts
+
+    def _generate(
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        top_k: int | None,
+        where: Where | None,
+        contrast: float,
+        options: dict[str, Any],
+    ) -> Any:
+        generate: Any = self.base.generate
+        memories = self._retrieved(ids, mask, top_k, where)
+        if memories is None:
+            return generate(input_ids=ids, attention_mask=mask, **options)
+        settings = options.get("generation_config") or self.base.generation_config
+        names = ("num_return_sequences", "num_beams")
+        samples, beams = (options.get(name, getattr(settings, name, None)) or 1 for name in names)
+        copies = max(samples, beams)  # of each row, neighbours in the batch
+        if contrast:
+            if beams > 1:
+                raise UsageError("contrast cannot be used with beams. Leave num_beams out, or contrast.")
+            own = options.pop("logits_processor", None) or []
+            first = ContrastWithoutMemory(self.base, ids, mask, contrast, copies)
+            options["logits_processor"] = LogitsProcessorList([first, *own])
+        cache = take_cache(self.base, options, self.settings.memory_tokens + ids.shape[1])
+        prefix = self.prefix(self.aggregator(*memories))
+        fill(cache, prefix, self.base.dtype, copies)
+        return generate(input_ids=ids, attention_mask=self._with_prefix(mask), past_key_values=cache, **options)
+
+    # --- training ---------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        query_mask: Tensor | None = None,
+        context_ids: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        reads: Tensor | None = None,
+        frozen: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base's forward, with the prefix of the memories in front of each row.
+
+        A row's question is its tokens before the first label, or those of `query_mask` (bool [B, T]), or all of them.
+        Without `context_ids` the memories come from the bank, and everything else is as in the base.
+
+        With `context_ids` and `context_mask`, the documents [C, M] to compress in this call, every row sees all of
+        them, and `labels` are needed. `reads` [Q, C]: which documents hold the answer of which of Q groups of
+        neighbouring rows (0 or 1); without it there are as many groups as documents. `frozen` [N, d]: the base's own
+        last hidden states at the N positions that predict labels, where they are known. The loss is the memory-aware
+        objective with the self-matching loss, the logits are those with memory at the N positions, [1, N, V].
+        """
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if context_ids is None:
+            found = self._retrieved(*self._questions(input_ids, mask, labels, query_mask), None, None)
+            inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, **kwargs}
+            if num_items_in_batch is not None:
+                inputs["num_items_in_batch"] = num_items_in_batch
+            return self.base(**(inputs if found is None else self._in_front(inputs, self.aggregator(*found))))
+        if labels is None:
+            raise UsageError("forward() got context_ids and no labels, so there is nothing to learn. Pass labels.")
+        context_mask = torch.ones_like(context_ids) if context_mask is None else context_mask
+        memories = self._compress_documents(context_ids, context_mask)
+        question = self.compressor(*self._questions(input_ids, mask, labels, query_mask))
+        reads = torch.eye(len(context_ids), device=context_ids.device) if reads is None else reads
+        belongs = reads.bool().repeat_interleave(len(input_ids) // len(reads), dim=0)
+        memory = self.aggregator(question, memories[None])
+        with_memory, without, targets = self._logits_at_labels(input_ids, mask, labels, memory, frozen)
+        loss = cross_entropy(
+            contrasted(with_memory, without, self.settings.memory_aware_weight), targets, reduction="sum"
+        )
+        count = len(targets) if num_items_in_batch is None else num_items_in_batch
+        loss = loss / count
+        if self.settings.self_matching_weight:
+            answered = (labels != IGNORED).any(1)  # rows that only fill the batch up ask nothing
+            same = _same_rows(context_ids, context_mask)
+            matching = self_matching(
+                pooled(question), pooled(memories), belongs & answered[:, None], same, self.settings.separation_weight
+            )
+            # a trainer that accumulates adds the parts of a step up, and each part says its share of the whole
+            loss = loss + self.settings.self_matching_weight * matching * (len(targets) / count)
+        return CausalLMOutputWithPast(loss=loss, logits=with_memory[None])
+
+    def _logits_at_labels(
+        self, ids: Tensor, mask: Tensor, labels: Tensor, memory: Tensor, frozen: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [N, V] with memory and without at the N positions that predict labels, and the labels there, [N].
+
+        The head runs once, over the states of both.
+        """
+        rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        if frozen is None:
+            frozen = self.frozen_states(ids, mask, labels)
+        alone = frozen.to(self.base.dtype)
+
+        def at_labels(module: nn.Module, args: Any, output: Any) -> Any:
+            return with_last_hidden_state(output, torch.cat((output[0][rows, columns], alone))[None])
+
+        handle = self.compressor.decoder.register_forward_hook(at_labels)
+        try:
+            inputs = self._in_front({"input_ids": ids, "attention_mask": mask}, memory)
+            logits = self.base(**inputs).logits[0].float()
+        finally:
+            handle.remove()
+        with_memory, without = logits.split(len(rows))
+        return with_memory, without.detach(), labels[rows, columns + 1]
+
+    @torch.no_grad()
+    def frozen_states(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
+        """The base's own last hidden states [N, d] at the positions that predict labels: what the memory-aware
+        objective needs of it, the same in every epoch."""
+        rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
+        given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        states: Tensor = self.compressor.decoder(**given)[0]
+        return states[rows, columns]
+
+    def _compress_documents(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Memories [C, k, D]; in training only a share of the documents carries a gradient, if the settings say so."""
+        share = self.settings.gradient_share
+        if not (self.training and torch.is_grad_enabled() and share < 1):
+            return self._checkpointed(ids, mask)
+        order = torch.randperm(len(ids), device=ids.device)
+        learned, rest = order.split([n := max(1, round(share * len(ids))), len(ids) - n])
+        with torch.no_grad():
+            fixed = self.compressor(ids[rest], mask[rest]) if len(rest) else None
+        made = self._checkpointed(ids[learned], mask[learned])
+        whole = made if fixed is None else torch.cat((made, fixed))
+        return whole[order.argsort()]
+
+    def _checkpointed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        again = self.training and is_asked_for(self.base) and torch.is_grad_enabled()
+        with checkpointing(self.base, lambda: self.compressor.active) if again else nullcontext():
+            return self.compressor(ids, mask)
+
+    def train(self, mode: bool = True) -> "MemoryModel":
+        """As in torch, but for the base, which stays in evaluation mode; the adapter's dropout follows `mode`."""
+        self._fingerprint = None  # what writes into `data` leaves no trace in a version
+        super().train(mode)
+        self.compressor.train(mode)
+        return self
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """The base's own, for the compression of documents, whose blocks then run again in the backward pass."""
+        self.base.gradient_checkpointing_enable(*args, **kwargs)
+
+    def gradient_checkpointing_disable(self) -> None:
+        """The base's own."""
+        self.base.gradient_checkpointing_disable()
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Trainable parameters and all parameters, as PEFT counts them."""
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, trained in counts if trained), sum(n for n, _ in counts)
+
+    # --- files ------------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, path: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Write what is trained and its settings into the folder `path`; never base weights, and not the bank."""
+        saving.save(self, path, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | os.PathLike[str],
+        base: PreTrainedModel | str | None = None,
+        *,
+        bank: str | os.PathLike[str] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        is_trainable: bool = False,
+        allow_base_mismatch: bool = False,
+        revision: str | None = None,
+        **base_kwargs: Any,
+    ) -> "MemoryModel":
+        """A saved model on its base: `base`, or the recorded one, loaded with `base_kwargs`; with the bank at `bank`.
+
+        `path`: a folder, or a hub name at `revision`. `is_trainable`: for more training. Raises DamagedFileError,
+        BaseMismatchError for another base than it was trained on or a bank of another compressor, and UsageError.
+        """
+        return saving.load(cls, path, base, bank, tokenizer, is_trainable, allow_base_mismatch, revision, base_kwargs)
+
+    def fingerprint(self) -> str:
+        """Identifies what a memory means: the base, the settings of the compressor and its weights as they are now."""
+        weights = [(n, p) for n, p in self.compressor.own_parameters()]
+        sizes = {"memory_tokens": self.settings.memory_tokens, "document_tokens": self.settings.document_tokens}
+        known = sizes, tuple((p.data_ptr(), p._version) for _, p in weights)
+        if self._fingerprint is None or self._fingerprint[0] != known:
+            digest = hashlib.sha256(str(self.base_fingerprint).encode())
+            digest.update(json.dumps(sizes, sort_keys=True).encode())
+            for name, weight in weights:
+                digest.update(name.encode())
+                digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+            self._fingerprint = known, digest.hexdigest()[:16]
+        return self._fingerprint[1]
+
+    # --- what the base has, for those who take this for one ---------------------------------------------------------
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The frozen base; as it was loaded, whenever the compressor is not running."""
+        return self.compressor.base
+
+    @property
+    def config(self) -> Any:
+        """The base's."""
+        return self.base.config
+
+    @property
+    def generation_config(self) -> Any:
+        """The base's."""
+        return self.base.generation_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base is."""
+        return self.base.device
+
+    # --- the parts --------------------------------------------------------------------------------------------------
+
+    def _memorize(
+        self, texts: Sequence[Any], names: Sequence[str] | None, told: Sequence[Any] | None, batch_size: int
+    ) -> list[str]:
+        """One change of the bank: those of the texts that are not in it, with all their parts."""
+        read = [self._read(text) for text in texts]
+        digests = [digest for digest, _ in read]
+        there = self.bank.ids_of(digests)
+        new: dict[str, int] = {}
+        found = []
+        for number, digest in enumerate(digests):
+            name = there.get(digest) or (names[number] if names else digest[:16])
+            if digest not in there:
+                there[digest] = name
+                new[name] = number  # of two texts under one name the later stays, as in two calls
+            found.append(name)
+        rows = [(name, number, part, ids) for name, number in new.items() for part, ids in enumerate(read[number][1])]
+        memories: list[Memory] = []
+        for start in range(0, len(rows), batch_size):
+            group = rows[start : start + batch_size]
+            ids, mask = self._padded([ids for *_, ids in group])
+            blocks = self._compressed(ids, mask)
+            for (name, number, part, ids_of_part), block, key in zip(group, blocks, pooled(blocks), strict=True):
+                memory = Memory(name, digests[number], key, block, part, len(read[number][1]), len(ids_of_part))
+                memories.append(replace(memory, metadata=told[number]) if told else memory)
+        self.bank.add(memories)
+        return found
+
+    def _read(self, text: Text) -> tuple[str, list[list[int]]]:
+        """SHA-256 of a text, and the token ids of its parts."""
+        if not isinstance(text, str | os.PathLike):
+            raise DataError(f"A document cannot be a {type(text).__name__}. Give a str or a path.")
+        digest, pieces = digest_and_pieces(text)
+        parts = [ids for ids, _ in chunks_of(pieces, self.tokenizer, self.document_tokens)]
+        return digest(), parts
+
+    @torch.no_grad()
+    def _compressed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Memories as they are kept, whether the model is being trained or not."""
+        training = self.compressor.training
+        self.compressor.train(False)
+        try:
+            made: Tensor = self.compressor(ids, mask)
+            return made
+        finally:
+            self.compressor.train(training)
+
+    def _retrieved(
+        self, ids: Tensor, mask: Tensor, top_k: int | None, where: Where | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """The questions' own vectors [B, k, D] and the memories found for them [B, K, k, D]; None if there are none."""
+        if self._bank_path is None or not self.bank.memories:
+            return None
+        question = self._compressed(ids, mask)
+        hits = self.bank.search(pooled(question), self._top_k(top_k), where)
+        if not hits[0]:
+            return None
+        memories = torch.stack([torch.stack([hit.block for hit in row]) for row in hits])
+        return question, memories.to(question.device)
+
+    def _top_k(self, top_k: int | None) -> int:
+        if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
+            raise UsageError(f"top_k is {top_k!r}; it must be a whole number of at least 1.")
+        return top_k or self.settings.top_k
+
+    def _questions(
+        self, ids: Tensor, mask: Tensor, labels: Tensor | None, query_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens of each row's question, padded in front, and their mask, as narrow as they can be."""
+        asked = mask.bool()
+        if query_mask is not None:
+            asked = asked & query_mask.bool()
+        elif labels is not None:
+            asked = asked & ((labels != IGNORED).cumsum(1) == 0)
+        ids, asked = padded_first(ids, asked)
+        width = max(int(asked.sum(1).max()), 1)
+        return ids[:, -width:], asked[:, -width:]
+
+    def _in_front(self, inputs: dict[str, Any], memory: Tensor) -> dict[str, Any]:
+        """The inputs of the base for rows with a prefix in front of them."""
+        cache = DynamicCache(config=self.base.config)
+        fill(cache, self.prefix(memory), self.base.dtype)
+        mask = inputs["attention_mask"]
+        changed = {"past_key_values": cache, "attention_mask": self._with_prefix(mask), "use_cache": True}
+        if self.compressor.takes_positions:
+            changed["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0) + self.settings.memory_tokens
+        return inputs | changed
+
+    def _with_prefix(self, mask: Tensor) -> Tensor:
+        return torch.cat((mask.new_ones(len(mask), self.settings.memory_tokens), mask), dim=1)
+
+    def _encode(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Questions as the base is asked them, padded in front."""
+        listed = [texts] if isinstance(texts, str) else list(texts)
+        for text in listed:
+            if not isinstance(text, str) or not text.strip():
+                raise UsageError(f"{text!r} is no question. Ask with a text of at least a word.")
+        start = [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]
+        rows = [start + self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in listed]
+        return self._padded(rows)
+
+    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+        width = max(len(row) for row in rows)
+        ids = torch.tensor([[self._pad_id] * (width - len(row)) + list(row) for row in rows], device=self.device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        return ids, mask
+
+    @property
+    def document_tokens(self) -> int:
+        """The most tokens of a document that are compressed at once: those of the settings, or what the base's window
+        has room for beside the memory tokens."""
+        window = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        return chunk_size_of(self.settings, window)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of texts. Raises UnsupportedModelError where the base has none."""
+        if self._tokenizer is None:
+            name = self.base.config._name_or_path
+            try:
+                self._tokenizer = AutoTokenizer.from_pretrained(name)
+            except (OSError, ValueError) as error:
+                raise UnsupportedModelError(
+                    f"The base {name or type(self.base).__name__} comes without a tokenizer. Pass tokenizer=..."
+                ) from error
+        return self._tokenizer
+
+    @property
+    def _pad_id(self) -> int:
+        ends = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id, 0)
+        return int(next(end for end in ends if end is not None))
+
+
+def _same_rows(ids: Tensor, mask: Tensor) -> Tensor:
+    """bool [C, C]: which documents are the same, token by token."""
+    known = ids.masked_fill(mask == 0, -1)
+    return (known[:, None] == known[None]).all(-1)
