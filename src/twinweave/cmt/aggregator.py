@@ -6,6 +6,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from .config import CMTConfig
 
+FIRST_SCALE = 50.0
+
 
 class CrossAttentionBlock(nn.Module):
     """A pre-norm block: the question's vectors look into the memories, then a feed-forward."""
@@ -21,12 +23,12 @@ class CrossAttentionBlock(nn.Module):
             nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
         )
 
-    def forward(self, x: Tensor, memories: Tensor, mask: Tensor | None) -> Tensor:
-        """x [B, k, W]; memories [B or 1, N, W], normalised; mask bool [B, 1, 1, N], where there is one."""
+    def forward(self, x: Tensor, memories: Tensor, bias: Tensor | None) -> Tensor:
+        """x [B, k, W]; memories [B or 1, N, W], normalised; bias [B, 1, 1, N] of the logits, where there is one."""
         rows, heads = len(x), self.heads
         key, value = self.key_value(memories).expand(rows, -1, -1).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
         query = self.query(self.norm(x)).unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, H, k, W / H]
-        found = scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        found = scaled_dot_product_attention(query, key, value, attn_mask=bias)
         x = x + self.output(found.transpose(1, 2).flatten(2))
         return x + self.feed_forward(x)
 
@@ -45,20 +47,26 @@ class Aggregator(nn.Module):
         self.blocks = nn.ModuleList(
             CrossAttentionBlock(width, settings.aggregator_heads) for _ in range(settings.aggregator_layers)
         )
+        # large, since cosines of texts of one kind lie close together
+        self.similarity = nn.Parameter(torch.tensor(FIRST_SCALE).log()) if settings.similarity_bias else None
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden_size, bias=False))
 
-    def forward(self, question: Tensor, memories: Tensor, mask: Tensor | None = None) -> Tensor:
-        """M* [B, k, D].
-
-        question: [B, k, D]. memories: [B, N, k, D], or [1, N, k, D] where all questions see the same. mask: bool
-        [B, N], False where a row has fewer memories; None: every row has all.
-        """
-        tokens = memories.shape[2]
+    def forward(self, question: Tensor, memories: Tensor) -> Tensor:
+        """M* [B, k, D] of questions [B, k, D] and memories [B, N, k, D], or [1, N, k, D] where all see the same."""
         x, seen = self.question_in(question), self.memory_in(memories.flatten(1, 2))
-        allowed = None if mask is None else mask.repeat_interleave(tokens, dim=1)[:, None, None]
+        bias = self._bias(question, memories)
+        if bias is not None:
+            bias = bias.repeat_interleave(memories.shape[2], dim=1)[:, None, None]  # [B, 1, 1, N k]
         for block in self.blocks:
-            x = block(x, seen, allowed)
+            x = block(x, seen, bias)
         return self.out(x)
+
+    def _bias(self, question: Tensor, memories: Tensor) -> Tensor | None:
+        """What is added to the attention's logits for each memory, [B, N]."""
+        if self.similarity is None:
+            return None
+        cosines = (pooled(question).unsqueeze(1) * pooled(memories)).sum(-1)
+        return cosines * self.similarity.exp()
 
 
 def pooled(memories: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from peft import PeftConfig, PeftModelForCausalLM, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from ..decoder import decoder_of
 
@@ -123,8 +123,3 @@ def embeddings_of(base: PreTrainedModel) -> Tensor:
 def takes_positions(decoder: nn.Module) -> bool:
     """Whether a decoder can be told the position of each token."""
     return "position_ids" in inspect.signature(decoder.forward).parameters
-
-
-def start_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The tokens of a text that memory tokens start from."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -32,6 +32,15 @@ class CMTConfig:
     top_k: int = 8
     """K: memories that a question is answered from, unless the call says another number."""
 
+    similarity_bias: bool = False
+    """Whether the aggregator's attention leans to memories that resemble the question, by the cosine that they are
+    found by times a learned scale; not in the paper. It spares a small base from learning a second time which memory
+    is meant."""
+
+    init_text: str | None = None
+    """A text whose tokens the memory tokens start from, repeated as often as it takes, such as questions of the kind
+    that will be asked; None: random vectors like the base's embeddings."""
+
     memory_aware_weight: float = 0.5
     """alpha of the memory-aware objective: the loss is that of (1 + alpha) x the logits with memory - alpha x those
     without. 0: plain cross-entropy."""
@@ -52,6 +61,10 @@ class CMTConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        if not isinstance(self.similarity_bias, bool):
+            raise UsageError(f"similarity_bias is {self.similarity_bias!r}; it must be true or false, without quotes.")
+        if self.init_text is not None and not (isinstance(self.init_text, str) and self.init_text.strip()):
+            raise UsageError(f"init_text is {self.init_text!r}; it must be a text of at least a word.")
         for name in ("memory_aware_weight", "self_matching_weight", "separation_weight"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):

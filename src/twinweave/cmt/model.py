@@ -69,6 +69,8 @@ class MemoryModel(nn.Module):
         self.aggregator = Aggregator(width, self.settings).to(device)
         self.prefix = Prefix(width, self.settings.prefix_rank, shapes).to(device)
         self._tokenizer = tokenizer
+        if self.settings.init_text is not None:
+            self.compressor.start_from(self.tokenizer(self.settings.init_text, add_special_tokens=False)["input_ids"])
         self._fingerprint: tuple[Any, str] | None = None
         self._bank_path: str | None = None
         self._bank: MemoryBank | None = None

@@ -5,6 +5,7 @@ Knows nothing about how the model runs, or about banks. Files are safetensors an
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,7 +84,9 @@ def load(
     if not allow_base_mismatch:  # before the base is wrapped, so that it stays as it was
         check_same_base(folder, settings["base"], fingerprint(base), MISMATCH_ALLOWED)
     config.inference_mode = not is_trainable
-    model = cls(base, CMTConfig.from_dict(settings["cmt"]), config, tokenizer=tokenizer)
+    made = CMTConfig.from_dict(settings["cmt"])
+    model = cls(base, replace(made, init_text=None), config, tokenizer=tokenizer)
+    model.settings = made
     expected = {k: tuple(v.shape) for k, v in model.state_dict().items() if k.startswith(_OWN)}
     found = {k: tuple(v.shape) for k, v in weights.items()}
     if found != expected:
