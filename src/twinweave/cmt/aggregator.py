@@ -51,10 +51,16 @@ class Aggregator(nn.Module):
         self.similarity = nn.Parameter(torch.tensor(FIRST_SCALE).log()) if settings.similarity_bias else None
         self.out = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden_size, bias=False))
 
-    def forward(self, question: Tensor, memories: Tensor) -> Tensor:
-        """M* [B, k, D] of questions [B, k, D] and memories [B, N, k, D], or [1, N, k, D] where all see the same."""
+    def forward(self, question: Tensor, memories: Tensor, seen_by: Tensor | None = None) -> Tensor:
+        """M* [B, k, D] of questions [B, k, D] and memories [B, N, k, D], or [1, N, k, D] where all see the same.
+
+        seen_by: bool [B, N], the memories that a question sees, at least one; None: all.
+        """
         x, seen = self.question_in(question), self.memory_in(memories.flatten(1, 2))
         bias = self._bias(question, memories)
+        if seen_by is not None:
+            bias = torch.zeros(seen_by.shape, device=x.device) if bias is None else bias
+            bias = bias.masked_fill(~seen_by, float("-inf"))
         if bias is not None:
             bias = bias.repeat_interleave(memories.shape[2], dim=1)[:, None, None]  # [B, 1, 1, N k]
         for block in self.blocks:

@@ -51,6 +51,10 @@ class CMTConfig:
     separation_weight: float = 0.1
     """lambda: within the self-matching loss, the weight of keeping different documents' memories apart."""
 
+    distractor_warmup: float = 0.0
+    """The share of training in which a question sees no documents of its batch but its own; over as much again the
+    others come in. It helps small bases to begin. 0: all from the start, as in the paper."""
+
     gradient_share: float = 1.0
     """The share of a training batch's documents that carry a gradient, drawn anew in every batch; less takes less
     memory. 1: all."""
@@ -70,6 +74,8 @@ class CMTConfig:
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
                 raise UsageError(f"{name} is {value!r}; it must be a number of at least 0.")
 
+        if not (isinstance(self.distractor_warmup, int | float) and 0 <= self.distractor_warmup <= 0.5):
+            raise UsageError(f"distractor_warmup is {self.distractor_warmup!r}; it must lie between 0 and 0.5.")
         if not (isinstance(self.gradient_share, int | float) and 0 < self.gradient_share <= 1):
             raise UsageError(f"gradient_share is {self.gradient_share!r}; it must lie above 0 and be at most 1.")
 

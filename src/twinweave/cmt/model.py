@@ -68,6 +68,9 @@ class MemoryModel(nn.Module):
         width = self.compressor.tokens.shape[1]
         self.aggregator = Aggregator(width, self.settings).to(device)
         self.prefix = Prefix(width, self.settings.prefix_rank, shapes).to(device)
+        self.distractors = 1.0
+        """In training, the share of the other documents of its batch that a question sees; whoever trains moves it, as
+        `distractor_warmup` has it."""
         self._tokenizer = tokenizer
         if self.settings.init_text is not None:
             self.compressor.start_from(self.tokenizer(self.settings.init_text, add_special_tokens=False)["input_ids"])
@@ -249,7 +252,7 @@ class MemoryModel(nn.Module):
         question = self.compressor(*self._questions(input_ids, mask, labels, query_mask))
         reads = torch.eye(len(context_ids), device=context_ids.device) if reads is None else reads
         belongs = reads.bool().repeat_interleave(len(input_ids) // len(reads), dim=0)
-        memory = self.aggregator(question, memories[None])
+        memory = self.aggregator(question, memories[None], self._seen_by(belongs))
         with_memory, without, targets = self._logits_at_labels(input_ids, mask, labels, memory, frozen)
         loss = cross_entropy(
             contrasted(with_memory, without, self.settings.memory_aware_weight), targets, reduction="sum"
@@ -298,6 +301,13 @@ class MemoryModel(nn.Module):
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         states: Tensor = self.compressor.decoder(**given)[0]
         return states[rows, columns]
+
+    def _seen_by(self, belongs: Tensor) -> Tensor | None:
+        """bool [B, C]: the documents that each row sees in training; None: all."""
+        if not self.training or self.distractors >= 1:
+            return None
+        others = torch.rand(belongs.shape, device=belongs.device) < self.distractors
+        return belongs | others | ~belongs.any(1, keepdim=True)  # a row without one of its own only fills the batch up
 
     def _compress_documents(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Memories [C, k, D]; in training only a share of the documents carries a gradient, if the settings say so."""
