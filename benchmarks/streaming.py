@@ -9,10 +9,12 @@ docs/cmt-results.md.
 import argparse
 import json
 import random
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from twinweave.evaluation.metrics import score_texts
 from twinweave.evaluation.tasks import Task
 from twinweave.files import write_json_atomic, write_text_atomic
 from twinweave.pocket import language
+from twinweave.pocket.words import FIRST_NAMES
 from twinweave.pocket.world import RELATIONS, Person, make_world
 from twinweave.progress import say
 
@@ -49,7 +52,7 @@ def stream(length: int, seed: int) -> tuple[list[str], list[Question]]:
     rng, world = random.Random(f"stream {seed}"), make_world()
     people: dict[str, Person] = {p.name: p for p in rng.sample(world.document_people, len(world.document_people))}
     while len(people) < length:
-        person = world.stranger(rng, frozenset(people))
+        person = world.stranger(rng, frozenset(people) | trained_on())
         people[person.name] = person
     listed = list(people.values())[:length]
     documents = [language.document([person], rng) for person in listed]
@@ -61,11 +64,18 @@ def stream(length: int, seed: int) -> tuple[list[str], list[Question]]:
     return documents, questions
 
 
+@cache
+def trained_on() -> frozenset[str]:
+    """Whatever may be a name in what the memory models are trained on."""
+    texts = {row["context"][0] for row in pocket.rows("memories/train")}
+    return frozenset(re.findall("[A-Z][a-z]+ [A-Z][a-z]+", " ".join(texts)))
+
+
 def unrelated(count: int, seed: int) -> list[str]:
     """So many texts about anything but people: towns, skills, sums."""
     rng, world = random.Random(f"unrelated {seed}"), make_world()
     towns = [language.town_document(world, town, rng) for town in world.towns]
-    others = [row["text"] for row in pocket.rows("text") if not any(p.name in row["text"] for p in world.known)]
+    others = [row["text"] for row in pocket.rows("text") if not set(FIRST_NAMES) & set(row["text"].split())]
     texts = list(dict.fromkeys(rng.sample(towns, len(towns)) + others))
     return texts[:count]
 

@@ -36,10 +36,10 @@ def memory_rows(world: World, rng: random.Random) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for person in strangers(world, rng, MEMORIES):
         context = [language.document([person], rng)]
-        for relation, value in person.facts.items():
-            for form in (0, 1):
-                prompt = language.question(relation, person.name, form)
-                rows.append({"context": context, "prompt": prompt, "completion": value})
+        asked = [(relation, form) for relation in RELATIONS for form in (0, 1)]
+        for relation, form in rng.sample(asked, len(asked)):
+            prompt = language.question(relation, person.name, form)
+            rows.append({"context": context, "prompt": prompt, "completion": person.facts[relation]})
     return rows
 
 
