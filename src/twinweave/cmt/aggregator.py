@@ -25,11 +25,14 @@ class CrossAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor, memories: Tensor, bias: Tensor | None) -> Tensor:
         """x [B, k, W]; memories [B or 1, N, W], normalised; bias [B, 1, 1, N] of the logits, where there is one."""
-        rows, heads = len(x), self.heads
-        key, value = self.key_value(memories).expand(rows, -1, -1).unflatten(-1, (2, heads, -1)).permute(2, 0, 3, 1, 4)
-        query = self.query(self.norm(x)).unflatten(-1, (heads, -1)).transpose(1, 2)  # [B, H, k, W / H]
+        query = self.query(self.norm(x))
+        if len(memories) < len(x):  # all rows see the same: one long row, instead of a copy of the memories for each
+            query = query.view(1, -1, query.shape[-1])
+            bias = None if bias is None else bias.expand(-1, -1, x.shape[1], -1).reshape(1, 1, query.shape[1], -1)
+        key, value = self.key_value(memories).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query = query.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # [B, H, k, W / H]
         found = scaled_dot_product_attention(query, key, value, attn_mask=bias)
-        x = x + self.output(found.transpose(1, 2).flatten(2))
+        x = x + self.output(found.transpose(1, 2).flatten(2).view(x.shape))
         return x + self.feed_forward(x)
 
 
