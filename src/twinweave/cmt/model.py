@@ -7,8 +7,8 @@ question in `aggregator.py`, how the base gets to see it in `prefix.py`, where m
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoTokenizer, DynamicCache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -37,6 +38,7 @@ from .prefix import Prefix, fill, shapes_of, take_cache
 IGNORED = -100
 Text = str | os.PathLike[str]
 Where = str | Mapping[str, Any]
+Given = Tensor | list[Tensor]
 
 
 class MemoryModel(nn.Module):
@@ -77,6 +79,7 @@ class MemoryModel(nn.Module):
         self._fingerprint: tuple[Any, str] | None = None
         self._bank_path: str | None = None
         self._bank: MemoryBank | None = None
+        self._given: Given | None = None
         if bank is not None:
             self.open_bank(bank)
 
@@ -145,6 +148,28 @@ class MemoryModel(nn.Module):
         """The `top_k` memories most similar to each question, the nearest first. `where`: see `MemoryBank.search`."""
         ids, mask = self._encode(questions)
         return self.bank.search(pooled(self._compressed(ids, mask)), self._top_k(top_k), where)
+
+    def compress(self, documents: Text | Iterable[Text], *, batch_size: int = 16) -> Tensor:
+        """The memories [n, k, D] of documents, n being at least their number: a long one has several. They are for
+        `answering_from`, and go into no bank. Raises DataError as `memorize` does."""
+        texts = [documents] if isinstance(documents, str | os.PathLike) else list(documents)
+        parts = [ids for text in texts for ids in self._read(text)[1]]
+        starts = range(0, len(parts), batch_size)
+        made = [self._compressed(*self._padded(parts[start : start + batch_size])) for start in starts]
+        return torch.cat(made) if made else self.compressor.tokens.new_empty(0, *self.compressor.tokens.shape)
+
+    @contextmanager
+    def answering_from(self, memories: Given) -> Iterator[None]:
+        """Within the block, answer from these memories as from a bank that holds them, and from no bank.
+
+        memories: [n, k, D], or a list with one such tensor for each row of a batch. Of none the base answers; in a
+        list each has at least one. `top_k` holds as for a bank.
+        """
+        before, self._given = self._given, memories
+        try:
+            yield
+        finally:
+            self._given = before
 
     # --- answers ----------------------------------------------------------------------------------------------------
 
@@ -230,7 +255,7 @@ class MemoryModel(nn.Module):
         """The base's forward, with the prefix of the memories in front of each row.
 
         A row's question is its tokens before the first label, or those of `query_mask` (bool [B, T]), or all of them.
-        Without `context_ids` the memories come from the bank, and everything else is as in the base.
+        Without `context_ids` the memories come from the bank (or `answering_from`), and all else is as in the base.
 
         With `context_ids` and `context_mask`, the documents [C, M] to compress in this call, every row sees all of
         them, and `labels` are needed. `reads` [Q, C]: which documents hold the answer of which of Q groups of
@@ -459,8 +484,13 @@ class MemoryModel(nn.Module):
 
     def _retrieved(
         self, ids: Tensor, mask: Tensor, top_k: int | None, where: Where | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """The questions' own vectors [B, k, D] and the memories found for them [B, K, k, D]; None if there are none."""
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """The questions' own vectors [B, k, D], the memories found for them [B, K, k, D] and which of those each sees,
+        as the aggregator takes them; None if there are none."""
+        if self._given is not None:
+            if where is not None:
+                raise UsageError("where asks for metadata, and memories that are given have none. Leave it out.")
+            return self._among(self._given, ids, mask, self._top_k(top_k))
         if self._bank_path is None or not self.bank.memories:
             return None
         question = self._compressed(ids, mask)
@@ -468,7 +498,28 @@ class MemoryModel(nn.Module):
         if not hits[0]:
             return None
         memories = torch.stack([torch.stack([hit.block for hit in row]) for row in hits])
-        return question, memories.to(question.device)
+        return question, memories.to(question.device), None
+
+    def _among(
+        self, given: Given, ids: Tensor, mask: Tensor, top_k: int
+    ) -> tuple[Tensor, Tensor, Tensor | None] | None:
+        """As `_retrieved`, of memories that are given."""
+        each = [given] * len(ids) if isinstance(given, Tensor) else list(given)
+        if len(each) != len(ids) or (isinstance(given, list) and not all(len(memories) for memories in each)):
+            sizes = [len(memories) for memories in each]
+            raise UsageError(f"Memories were given for {sizes} in {len(ids)} rows. Give at least one for each row.")
+        if not len(each[0]):
+            return None
+        question = self._compressed(ids, mask)
+        nearest = []
+        for key, memories in zip(pooled(question), each, strict=True):
+            similar = pooled(memories.to(key.device)) @ key
+            nearest.append(memories[similar.topk(min(top_k, len(memories))).indices.to(memories.device)])
+        # in the precision that a bank keeps them in
+        found = pad_sequence(nearest, batch_first=True).to(question.device, torch.bfloat16).float()
+        counts = torch.tensor([len(memories) for memories in nearest], device=question.device)
+        seen_by = torch.arange(found.shape[1], device=question.device) < counts[:, None]
+        return question, found, None if seen_by.all() else seen_by
 
     def _top_k(self, top_k: int | None) -> int:
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
