@@ -1,5 +1,6 @@
 """A memory model is trained, stopped, gone on with, loaded and scored as any other method is."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +16,15 @@ from twinweave.data import ContextCollator
 from twinweave.errors import RecipeError, UnsupportedModelError, UsageError
 from twinweave.evaluation import evaluate_tasks
 from twinweave.methods import Settings, get_method
-from twinweave.training import TwinweaveTrainer, fit, load_base, load_recipe, load_tokenizer, load_training_data
+from twinweave.training import (
+    FrozenStore,
+    TwinweaveTrainer,
+    fit,
+    load_base,
+    load_recipe,
+    load_tokenizer,
+    load_training_data,
+)
 from twinweave.training.distractors import share_of_distractors
 from twinweave.training.rows import reading_size
 
@@ -153,6 +162,41 @@ def test_what_is_counted_and_what_the_ablations_change(world, tmp_path, monkeypa
     batch = ContextCollator(tokenizer)(list(data.train))
     assert tokens == [int(batch["attention_mask"].sum() + batch["context_mask"].sum())] * 3
     assert len(set(losses.values())) == 3
+
+
+def test_with_a_store_the_losses_are_the_same_and_the_base_is_not_run_alone(world, tmp_path, monkeypatch):
+    step, predict, calls = TwinweaveTrainer.training_step, TwinweaveTrainer.prediction_step, []
+
+    def counting(original):
+        def run(self, model, inputs, *args, **kwargs):
+            counted = []
+            handle = self.model.compressor.decoder.register_forward_pre_hook(lambda *_: counted.append(1))
+            found = original(self, model, inputs, *args, **kwargs)
+            handle.remove()
+            calls.append(len(counted))
+            return found
+
+        return run
+
+    monkeypatch.setattr(TwinweaveTrainer, "training_step", counting(step))
+    monkeypatch.setattr(TwinweaveTrainer, "prediction_step", counting(predict))
+    curves, passes = {}, {}
+    for kept in ("off", "auto", str(tmp_path / "kept")):
+        values = values_of(world, cmt=SETTINGS | {"gradient_share": 1.0}, training={"frozen_store": kept})
+        calls.clear()
+        trained = run(load_recipe(values), tmp_path / f"run-{Path(kept).name}")
+        curves[kept], passes[kept] = trained.curve, set(calls)
+    # the documents, the questions, the answers; without a store also the base alone
+    assert list(passes.values()) == [{4}, {3}, {3}]
+    plain, *stored = curves.values()
+    for curve in stored:
+        for kind in ("train", "validation"):
+            assert [s for s, _ in curve[kind]] == [s for s, _ in plain[kind]]
+            assert [loss for _, loss in curve[kind]] == pytest.approx([loss for _, loss in plain[kind]], abs=2e-5)
+    assert not list(tmp_path.glob("run-auto/frozen*"))
+    store = FrozenStore(tmp_path / "kept_questions")  # beside that of rows with their contexts in the prompt
+    rows = [json.loads(line) for line in (world / "contexts.jsonl").read_text().splitlines()]
+    assert len(store) == len({(row["prompt"], row["completion"]) for row in rows}) < len(rows)
 
 
 def test_compared_with_a_method_that_has_it_in_the_prompt(world, tmp_path):
