@@ -1,5 +1,6 @@
 """A memory model is trained, stopped, gone on with, loaded and scored as any other method is."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -8,9 +9,22 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_runs
+from twinweave.cli.shared import open_run
+from twinweave.cmt import CMTConfig, MemoryModel
+from twinweave.compare import check_recipe, compare, train
 from twinweave.data import ContextCollator
-from twinweave.methods import get_method
-from twinweave.training import TwinweaveTrainer, fit, load_base, load_recipe, load_tokenizer, load_training_data
+from twinweave.errors import RecipeError, UnsupportedModelError, UsageError
+from twinweave.evaluation import evaluate_tasks
+from twinweave.methods import Settings, get_method
+from twinweave.training import (
+    FrozenStore,
+    TwinweaveTrainer,
+    fit,
+    load_base,
+    load_recipe,
+    load_tokenizer,
+    load_training_data,
+)
 from twinweave.training.distractors import share_of_distractors
 from twinweave.training.rows import reading_size
 
@@ -148,3 +162,112 @@ def test_what_is_counted_and_what_the_ablations_change(world, tmp_path, monkeypa
     batch = ContextCollator(tokenizer)(list(data.train))
     assert tokens == [int(batch["attention_mask"].sum() + batch["context_mask"].sum())] * 3
     assert len(set(losses.values())) == 3
+
+
+def test_with_a_store_the_losses_are_the_same_and_the_base_is_not_run_alone(world, tmp_path, monkeypatch):
+    step, predict, calls = TwinweaveTrainer.training_step, TwinweaveTrainer.prediction_step, []
+
+    def counting(original):
+        def run(self, model, inputs, *args, **kwargs):
+            counted = []
+            handle = self.model.compressor.decoder.register_forward_pre_hook(lambda *_: counted.append(1))
+            found = original(self, model, inputs, *args, **kwargs)
+            handle.remove()
+            calls.append(len(counted))
+            return found
+
+        return run
+
+    monkeypatch.setattr(TwinweaveTrainer, "training_step", counting(step))
+    monkeypatch.setattr(TwinweaveTrainer, "prediction_step", counting(predict))
+    curves, passes = {}, {}
+    for kept in ("off", "auto", str(tmp_path / "kept")):
+        values = values_of(world, cmt=SETTINGS | {"gradient_share": 1.0}, training={"frozen_store": kept})
+        calls.clear()
+        trained = run(load_recipe(values), tmp_path / f"run-{Path(kept).name}")
+        curves[kept], passes[kept] = trained.curve, set(calls)
+    # the documents, the questions, the answers; without a store also the base alone
+    assert list(passes.values()) == [{4}, {3}, {3}]
+    plain, *stored = curves.values()
+    for curve in stored:
+        for kind in ("train", "validation"):
+            assert [s for s, _ in curve[kind]] == [s for s, _ in plain[kind]]
+            assert [loss for _, loss in curve[kind]] == pytest.approx([loss for _, loss in plain[kind]], abs=2e-5)
+    assert not list(tmp_path.glob("run-auto/frozen*"))
+    store = FrozenStore(tmp_path / "kept_questions")  # beside that of rows with their contexts in the prompt
+    rows = [json.loads(line) for line in (world / "contexts.jsonl").read_text().splitlines()]
+    assert len(store) == len({(row["prompt"], row["completion"]) for row in rows}) < len(rows)
+
+
+def test_compared_with_a_method_that_has_it_in_the_prompt(world, tmp_path):
+    documents = str(tiny_runs.write_rows(tmp_path / "read.jsonl", [{"text": "a b c d e f"}]))
+    values = values_of(world, methods=["peft", "cmt"], output=str(tmp_path / "run"), evaluation={"read": documents})
+    results = compare(load_recipe(values))
+    plain, remembered = results["runs"]
+    assert (plain["method"], remembered["method"]) == ("peft", "cmt")
+    assert remembered["target_score"] != results["base"]["target_score"]
+    # with the documents in memory, and the base itself where nothing is
+    assert remembered["retained"]["text"]["loss"] != results["base"]["scores"]["text"]["loss"]
+    cell = tmp_path / "run" / "cells" / "cmt-seed0"
+    model, tokenizer, recipe = open_run(cell)
+    assert isinstance(model, MemoryModel)
+    assert model.settings == CMTConfig(**SETTINGS)
+    bare = evaluate_tasks(model, tokenizer, recipe.retained, progress=False)
+    assert {name: score.metrics for name, score in bare.items()} == {
+        name: results["base"]["scores"][name] for name in bare
+    }
+
+
+def test_a_memory_model_learns_on(world, tmp_path):
+    run(load_recipe(values_of(world, training={"max_steps": 1})), tmp_path / "first")
+    path = str(tmp_path / "first" / "best")
+    on = load_recipe(values_of(world, cmt={"path": path}, training={"learning_rate": 1e-8, "max_steps": 1}))
+    assert reading_size(on, get_method("cmt")) == 4
+    found = dict(check_recipe(on))
+    run(on, tmp_path / "second")
+    before, after = weights(tmp_path / "first"), weights(tmp_path / "second")
+    trained = sum(tensor.numel() for (part, _), tensor in after.items() if part == "best")
+    assert found["method cmt"] == f"{trained:,} parameters to train"
+    assert all(torch.allclose(tensor, after[name], atol=1e-6) for name, tensor in before.items())
+    with pytest.raises(RecipeError, match=r"beside cmt\.path there is nothing to set"):
+        load_recipe(values_of(world, cmt={"path": path, "memory_tokens": 2}))
+
+
+def test_another_start_is_another_run(world, tmp_path):
+    run(load_recipe(values_of(world, training={"max_steps": 1})), tmp_path / "first")
+    path = tmp_path / "first" / "best"
+    on = load_recipe(values_of(world, cmt={"path": str(path)}, training={"max_steps": 1}, output=str(tmp_path / "run")))
+    train(on)
+    train(on)
+    (path / "cmt.safetensors").write_bytes((tmp_path / "run" / "best" / "cmt.safetensors").read_bytes())
+    with pytest.raises(RecipeError, match="holds another run: memory differ"):
+        train(on)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train": {"data": "x.jsonl"}}, r"cmt learns to read.*\(the column with what each question is about\)\.$"),
+        ({"train": {"data": "x", "text": "{t}"}}, "cmt learns from prompts.*for generative_adapter"),
+        ({"cmt": {"memory_token": 3}}, "Did you mean 'memory_tokens'"),
+        ({"cmt": {"distractor_warmup": 0.6}}, "distractor_warmup is 0.6"),
+        ({"cmt": {"path": 3}}, r"cmt\.path is 3"),
+        ({"peft": {"path": "somewhere"}}, "cmt has an adapter of its own"),
+        ({"target": {"kind": "text_loss"}}, "for generation and completion_loss"),
+    ],
+)
+def test_what_is_wrong_is_said_before_anything_starts(world, changes, message):
+    with pytest.raises(UsageError, match=message):
+        load_recipe(values_of(world, **changes))
+
+
+def test_adapters_that_a_compressor_cannot_have(world):
+    settings = Settings(memory=CMTConfig(memory_tokens=2))
+    for peft in (
+        {"type": "adalora", "target_modules": ["q_proj"]},
+        {"type": "prompt_tuning", "num_virtual_tokens": 2},
+        {"type": "lora", "target_modules": ["nothing"]},
+    ):
+        recipe = load_recipe(values_of(world, peft=peft))
+        with pytest.raises(UnsupportedModelError):
+            get_method("cmt").build(load_base(recipe.base), recipe.adapter(), settings)

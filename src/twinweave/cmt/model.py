@@ -7,9 +7,9 @@ question in `aggregator.py`, how the base gets to see it in `prefix.py`, where m
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,21 +33,11 @@ from .config import CMTConfig, chunk_size_of
 from .contrast import ContrastWithoutMemory
 from .objective import contrasted, self_matching
 from .prefix import Prefix, fill, shapes_of, take_cache
+from .retrieval import Found, Given, found_for, nearest
 
 IGNORED = -100
 Text = str | os.PathLike[str]
 Where = str | Mapping[str, Any]
-
-
-@dataclass(frozen=True)
-class Found:
-    """What was found for a batch of questions: their own vectors [B, k, D], the memories [B, K, k, D], which of them
-    are a row's own (bool [B, K]), and which rows have any (bool [B])."""
-
-    question: Tensor
-    memories: Tensor
-    seen: Tensor
-    any: Tensor
 
 
 class MemoryModel(nn.Module):
@@ -88,6 +78,7 @@ class MemoryModel(nn.Module):
         self._fingerprint: tuple[Any, str] | None = None
         self._bank_path: str | None = None
         self._bank: MemoryBank | None = None
+        self._given: Given | None = None
         if bank is not None:
             self.open_bank(bank)
 
@@ -157,6 +148,28 @@ class MemoryModel(nn.Module):
         ids, mask = self._encode(questions)
         return self.bank.search(pooled(self._compressed(ids, mask)), self._top_k(top_k), where)
 
+    def compress(self, documents: Text | Iterable[Text], *, batch_size: int = 16) -> Tensor:
+        """The memories [n, k, D] of documents, n being at least their number: a long one has several. They are for
+        `answering_from`, and go into no bank. Raises DataError as `memorize` does."""
+        texts = [documents] if isinstance(documents, str | os.PathLike) else list(documents)
+        parts = [ids for text in texts for ids in self._read(text)[1]]
+        starts = range(0, len(parts), batch_size)
+        made = [self._compressed(*self._padded(parts[start : start + batch_size])) for start in starts]
+        return torch.cat(made) if made else self.compressor.tokens.new_empty(0, *self.compressor.tokens.shape)
+
+    @contextmanager
+    def answering_from(self, memories: Given) -> Iterator[None]:
+        """Within the block, answer from these memories as from a bank that holds them, and from no bank.
+
+        memories: [n, k, D], or a list with one such tensor for each row of a batch; of none the base answers. `top_k`
+        and `min_similarity` hold as for a bank.
+        """
+        before, self._given = self._given, memories
+        try:
+            yield
+        finally:
+            self._given = before
+
     # --- answers ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -219,7 +232,7 @@ class MemoryModel(nn.Module):
             options["logits_processor"] = LogitsProcessorList([first, *own])
         cache = take_cache(self.base, options, self.settings.memory_tokens + ids.shape[1])
         fill(cache, self.prefix(self.aggregator(found.question, found.memories, found.seen)), self.base.dtype, copies)
-        whole = self._with_prefix(mask, found.any)
+        whole = self._with_prefix(mask, found.having)
         return generate(input_ids=ids, attention_mask=whole, past_key_values=cache, **options)
 
     # --- training ---------------------------------------------------------------------------------------------------
@@ -241,7 +254,7 @@ class MemoryModel(nn.Module):
         """The base's forward, with the prefix of the memories in front of each row.
 
         A row's question is its tokens before the first label, or those of `query_mask` (bool [B, T]), or all of them.
-        Without `context_ids` the memories come from the bank, and everything else is as in the base.
+        Without `context_ids` the memories come from the bank (or `answering_from`), and all else is as in the base.
 
         With `context_ids` and `context_mask`, the documents [C, M] to compress in this call, every row sees all of
         them, and `labels` are needed. `reads` [Q, C]: which documents hold the answer of which of Q groups of
@@ -257,7 +270,7 @@ class MemoryModel(nn.Module):
                 inputs["num_items_in_batch"] = num_items_in_batch
             if found is not None:
                 memory = self.aggregator(found.question, found.memories, found.seen)
-                inputs = self._in_front(inputs, memory, found.any)
+                inputs = self._in_front(inputs, memory, found.having)
             return self.base(**inputs)
         if labels is None:
             raise UsageError("forward() got context_ids and no labels, so there is nothing to learn. Pass labels.")
@@ -472,24 +485,20 @@ class MemoryModel(nn.Module):
             self.compressor.train(training)
 
     def _retrieved(self, ids: Tensor, mask: Tensor, top_k: int | None, where: Where | None) -> Found | None:
-        """What the bank has for each question; None if there is nothing for any of them."""
-        if self._bank_path is None or not self.bank.memories:
+        """What there is for each question; None if there is nothing for any of them."""
+        if self._given is not None:
+            if where is not None:
+                raise UsageError("where asks for metadata, and memories that are given have none. Leave it out.")
+        elif self._bank_path is None or not self.bank.memories:
             return None
         question = self._compressed(ids, mask)
-        hits = self.bank.search(pooled(question), self._top_k(top_k), where)
-        least = self.settings.min_similarity
-        kept = hits if least is None else [[hit for hit in row if hit.similarity >= least] for row in hits]
-        if not any(kept):
-            return None
-        count = max(len(row) for row in kept)
-        empty = torch.zeros_like(question[0], device="cpu")
-        memories = torch.stack([torch.stack([h.block for h in row] + [empty] * (count - len(row))) for row in kept])
-        # a question without any sees the empty ones, and nothing sees what comes of them
-        seen = torch.tensor([[n < len(row) or not row for n in range(count)] for row in kept])
-        device = question.device
-        return Found(
-            question, memories.to(device), seen.to(device), torch.tensor([bool(r) for r in kept], device=device)
-        )
+        keys, count = pooled(question), self._top_k(top_k)
+        if self._given is not None:
+            near = nearest(keys, self._given, count)
+        else:
+            hits = self.bank.search(keys, count, where)
+            near = [[(hit.similarity, hit.block) for hit in row] for row in hits]
+        return found_for(question, near, self.settings.min_similarity)
 
     def _top_k(self, top_k: int | None) -> int:
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):

@@ -3,7 +3,7 @@
 from transformers import PreTrainedTokenizerBase
 
 from twinweave.data.collator import IGNORED_LABEL, CompletionCollator, attention_mask_of, pad_rows
-from twinweave.data.contexts import ContextCollator, ContextRows
+from twinweave.data.contexts import ContextCollator, ContextRows, questions_of
 from twinweave.data.encode import Encoded, check_tokenizer, encode_example, encode_prompt, join_completion
 from twinweave.data.formats import load_rows
 from twinweave.data.prepare import DataReport, TrainingData, prepare_training_data
@@ -33,6 +33,7 @@ __all__ = [
     "pad_rows",
     "prepare_segments",
     "prepare_training_data",
+    "questions_of",
     "to_example",
 ]
 

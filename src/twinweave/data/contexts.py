@@ -54,6 +54,12 @@ class ContextRows:
         return datasets.Dataset.from_dict({"chunks": chunks, "questions": questions})
 
 
+def questions_of(rows: datasets.Dataset) -> datasets.Dataset:
+    """The questions of rows {chunks, questions}, one after the other: `input_ids` and `labels`."""
+    questions = [question for row in rows.select_columns("questions") for question in row["questions"]]
+    return datasets.Dataset.from_dict({name: [q[name] for q in questions] for name in ("input_ids", "labels")})
+
+
 @dataclass
 class ContextCollator:
     """Batches rows {chunks, questions}: Q contexts with all their chunks and k·Q questions, k for each context.

@@ -1,26 +1,35 @@
-"""Which rows of a task are answered from which texts, for a model that reads before it is asked (GenerativeAdapter).
-
-Knows nothing about tasks or scores.
+"""Which rows of a task are answered from which texts, for a model that reads before it is asked: GenerativeAdapter,
+whose states are adapters, and CMT, whose states are memories. Knows nothing about tasks or scores.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
+
+from twinweave.cmt import MemoryModel
+from twinweave.genadapter import GenerativeAdapter
 
 Documents = tuple[str, ...]
 
 
 def can_read(model: Any) -> bool:
     """Whether the model reads texts apart from the questions about them."""
-    return hasattr(model, "read") and hasattr(model, "adapted")
+    return isinstance(model, GenerativeAdapter | MemoryModel)
 
 
 def read_all(model: Any, documents: Sequence[str]) -> Any:
     """The state of having read these texts, one after the other. Raises DataError for one without text."""
+    if isinstance(model, MemoryModel):
+        return model.compress(documents)
     state = model.empty_state()
     for document in documents:
         state = model.read(document, state=state)
     return state
+
+
+def answering(model: Any, states: Any) -> AbstractContextManager[None]:
+    """Within the block the model answers from a state, or a batch of rows from a list with the state of each."""
+    return model.answering_from(states) if isinstance(model, MemoryModel) else model.adapted(states)
 
 
 class Contexts:
@@ -43,5 +52,5 @@ class Contexts:
             if place not in self._states:
                 self._states[place] = read_all(self._model, self._of_rows[row])
         states = [self._states[place] for place in places]
-        with self._model.adapted(states[0] if len(self._states) == 1 else states):
+        with answering(self._model, states[0] if len(self._states) == 1 else states):
             yield

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from twinweave.cmt import MemoryModel
 from twinweave.data.collator import IGNORED_LABEL, attention_mask_of, pad_rows
 from twinweave.errors import TrainingError
 from twinweave.evaluation.contexts import Contexts
+from twinweave.imsm import IMSMModel
 from twinweave.progress import track
 
 Tokens = list[int]
@@ -23,12 +25,11 @@ LabelledRow = tuple[Tokens, Tokens]  # input ids and labels, equally long; -100 
 def forward_logits(model: Any, input_ids: Tensor, attention_mask: Tensor, prompt_mask: Tensor | None = None) -> Tensor:
     """The model's logits [B, T, vocabulary] of a batch [B, T], without a cache.
 
-    An IMSM model is told which tokens are the prompt (`prompt_mask`, bool [B, T]), so that its gate never reads the
-    continuation that is being judged.
+    A model that looks at the question (IMSM's gate, CMT's search) is told which tokens are the prompt (`prompt_mask`,
+    bool [B, T]), so that it never sees the continuation that is being judged.
     """
-    from twinweave.imsm import IMSMModel  # here, because this is the only place that knows of it
-
-    extra = {"query_mask": prompt_mask} if prompt_mask is not None and isinstance(model, IMSMModel) else {}
+    told = prompt_mask is not None and isinstance(model, IMSMModel | MemoryModel)
+    extra = {"query_mask": prompt_mask} if told else {}
     logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **extra).logits
     # Prompt-tuned models answer for their virtual tokens too, which stand before ours.
     return logits[:, -input_ids.shape[1] :]
@@ -79,7 +80,9 @@ def log_likelihoods(
         ids = [rows[index][0] for index in batch]
         labels = pad_rows([rows[index][1] for index in batch], IGNORED_LABEL).to(device)
         mask = attention_mask_of(ids).to(device)
-        prompt_mask = (labels != IGNORED_LABEL).cumsum(dim=1).eq(0) & mask.bool() if with_prompt else None
+        # a memory model would take all of a text without a prompt for the question, and it says what is judged
+        asks = with_prompt or isinstance(model, MemoryModel)
+        prompt_mask = (labels != IGNORED_LABEL).cumsum(dim=1).eq(0) & mask.bool() if asks else None
         with nullcontext() if contexts is None else contexts.adapted(batch):
             logits = forward_logits(model, pad_rows(ids, pad_id).to(device), mask, prompt_mask)
         for row, index in enumerate(batch):

@@ -12,7 +12,7 @@ from twinweave.data.collator import IGNORED_LABEL
 from twinweave.data.encode import check_tokenizer, encode_example, encode_prompt, join_completion, text_ids
 from twinweave.data.templates import Example
 from twinweave.errors import DataError, UsageError
-from twinweave.evaluation.contexts import Contexts, can_read, read_all
+from twinweave.evaluation.contexts import Contexts, answering, can_read, read_all
 from twinweave.evaluation.generate import generate_texts
 from twinweave.evaluation.likelihood import LabelledRow, Tokens, log_likelihoods
 from twinweave.evaluation.metrics import score_texts
@@ -84,8 +84,8 @@ def evaluate_task(
 ) -> TaskScore:
     """Score a causal language model of transformers, adapted or not, on one task; its training flags are restored.
 
-    A GenerativeAdapter reads each context of a task that has them, and answers from it; for any other model the context
-    stands in front of the prompt.
+    A GenerativeAdapter or MemoryModel reads each context of a task that has them, and answers from it; for any other
+    model the context stands in front of the prompt.
 
     Raises:
         DataError: the task's rows cannot be read or do not fit the window.
@@ -129,7 +129,7 @@ def evaluate_tasks(
         state = read_all(model, read) if read and can_read(model) else None
     scores = {}
     for task in tasks:
-        with nullcontext() if state is None or task.context is not None else model.adapted(state):
+        with nullcontext() if state is None or task.context is not None else answering(model, state):
             scores[task.name] = evaluate_task(model, tokenizer, task, batch_size=batch_size, progress=progress)
     return scores
 

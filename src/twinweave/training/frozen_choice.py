@@ -13,11 +13,12 @@ import datasets
 from rich.markup import escape
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from ..data import CompletionCollator, questions_of
 from ..files import write_json_atomic
-from ..imsm import IMSMModel
 from ..progress import say
 from .frozen_files import is_finished
 from .frozen_rows import Row, plan_rows
+from .frozen_source import source_of
 from .frozen_store import Collator, FrozenStore, identity_of, stored_bytes
 from .recipe import TrainingSection
 
@@ -39,15 +40,19 @@ def frozen_store_for(
 ) -> FrozenStore | None:
     """The store that the recipe asks for, made if it is not there yet; None where none is used.
 
-    `readings`: how often training reads a row, on average. `folder` is where the store is kept; the
-    first process makes it while the others wait. Raises what `FrozenStore.build` and `FrozenStore.open` raise.
+    `readings`: how often training reads a row, on average. `folder` is where the store is kept (that of questions with
+    contexts beside it); the first process makes it while the others wait. Raises what `FrozenStore.build` and
+    `FrozenStore.open` raise.
     """
-    if section.frozen_store == "off" or not isinstance(model, IMSMModel):
+    source = source_of(model)
+    if section.frozen_store == "off" or source is None:
         return None
     if section.frozen_store == "auto" and readings < _LEAST_READINGS:
         return None
+    if "questions" in dataset.column_names:  # a store knows each question by itself, and nothing of contexts
+        dataset, collator, folder = questions_of(dataset), CompletionCollator(tokenizer), questions_store_folder(folder)
     identity = identity_of(model, tokenizer, "bfloat16" if section.precision == "bf16" else None)
-    rows = plan_rows(dataset)
+    rows = plan_rows(dataset, source.has_queries)
     size = stored_bytes(rows, model)
     if arguments.process_index > 0:
         if not _wait_for_store(folder, decided=section.frozen_store == "auto"):
@@ -66,8 +71,8 @@ def frozen_store_for(
 
 
 def remove_store(folder: Path, decision: bool = False) -> None:
-    """Remove what `auto` made in `folder`, and beside it for rehearsal; with `decision`, also what it decided."""
-    for store in (folder, rehearsal_store_folder(folder)):
+    """Remove what `auto` made in `folder` and beside it; with `decision`, also what it decided."""
+    for store in (folder, rehearsal_store_folder(folder), questions_store_folder(folder)):
         shutil.rmtree(store, ignore_errors=True)
         if decision:
             _decision_file(store).unlink(missing_ok=True)
@@ -76,6 +81,11 @@ def remove_store(folder: Path, decision: bool = False) -> None:
 def rehearsal_store_folder(folder: Path) -> Path:
     """Where the original memory of the rehearsed rows is, beside that of the task's rows."""
     return folder.with_name(f"{folder.name}_rehearsal")
+
+
+def questions_store_folder(folder: Path) -> Path:
+    """Where the original memory of questions without their contexts is, beside that of rows with them in the prompt."""
+    return folder.with_name(f"{folder.name}_questions")
 
 
 def _wait_for_store(folder: Path, decided: bool) -> bool:

@@ -42,14 +42,16 @@ def row_key(input_ids: Any, labels: Any, query_mask: Any = None) -> bytes:
     return key.digest()
 
 
-def plan_rows(dataset: Rows) -> list[Row]:
-    """The different rows of a dataset, shortest first, in an order that depends on the rows alone."""
+def plan_rows(dataset: Rows, has_queries: bool = True) -> list[Row]:
+    """The different rows of a dataset, shortest first, in an order that depends on the rows alone; `has_queries`: see
+    `FrozenSource`."""
     found: dict[bytes, Row] = {}
     for index, row in enumerate(track(dataset, "Reading rows")):
         query_mask = row.get("query_mask")
         key = row_key(row["input_ids"], row["labels"], query_mask)
         if key not in found:
-            found[key] = Row(key, index, len(row["labels"]), *sizes(row["labels"], query_mask))
+            positions, queries = sizes(row["labels"], query_mask)
+            found[key] = Row(key, index, len(row["labels"]), positions, queries if has_queries else 0)
     return sorted(found.values(), key=lambda row: (row.length, row.key))
 
 

@@ -24,9 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import DamagedFileError, DataError
+from ..errors import DamagedFileError, DataError, UsageError
 from ..files import atomic_files_into, write_json_atomic
-from ..imsm import IMSMModel
 from ..imsm.labels import FrozenStates
 from ..progress import progress_bar
 from .frozen_files import (
@@ -46,6 +45,7 @@ from .frozen_files import (
     writing,
 )
 from .frozen_rows import Row, Rows, plan_rows, plan_shards, row_bytes, row_key
+from .frozen_source import FrozenSource, source_of
 
 SHARD_BYTES = 256 * 2**20
 # How far a row computed again, in another batch or on another device, may be from what is stored, relative to its size.
@@ -55,10 +55,11 @@ _INPUTS = ("input_ids", "attention_mask", "labels", "query_mask")
 Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
 
-def identity_of(model: IMSMModel, tokenizer: PreTrainedTokenizerBase, autocast: str | None) -> StoreIdentity:
+def identity_of(model: object, tokenizer: PreTrainedTokenizerBase, autocast: str | None) -> StoreIdentity:
     """The identity of a store for this model and tokenizer; `autocast`: the dtype of the training's autocast."""
-    dtype = str(_base(model).dtype).removeprefix("torch.")
-    return StoreIdentity(model.base_fingerprint.to_dict(), tokenizer_digest(tokenizer), dtype, autocast)
+    source = _source(model)
+    dtype = str(source.base.dtype).removeprefix("torch.")
+    return StoreIdentity(source.fingerprint.to_dict(), tokenizer_digest(tokenizer), dtype, autocast)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -69,9 +70,10 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def stored_bytes(rows: Sequence[Row], model: IMSMModel) -> int:
+def stored_bytes(rows: Sequence[Row], model: object) -> int:
     """The disk that the rows' states and query means will take."""
-    return sum(row_bytes(row, model.gate.hidden_size, _base(model).dtype.itemsize) for row in rows)
+    source = _source(model)
+    return sum(row_bytes(row, source.width, source.base.dtype.itemsize) for row in rows)
 
 
 class FrozenStore:
@@ -104,7 +106,7 @@ class FrozenStore:
     @classmethod
     def build(
         cls,
-        model: IMSMModel,
+        model: object,
         dataset: Rows,
         collator: Collator,
         folder: Path,
@@ -119,10 +121,11 @@ class FrozenStore:
         Goes on from the whole shards that a killed build left. `rows`: what `plan_rows` gives, if it is known.
         Raises UsageError for a folder that holds something else, TrainingError when it cannot be written.
         """
-        rows = plan_rows(dataset) if rows is None else rows
-        width = model.gate.hidden_size
+        source = _source(model)
+        rows = plan_rows(dataset, source.has_queries) if rows is None else rows
+        width = source.width
         claim(folder, identity)
-        shards, names = list(plan_shards(rows, width, _base(model).dtype.itemsize, shard_bytes)), []
+        shards, names = list(plan_shards(rows, width, source.base.dtype.itemsize, shard_bytes)), []
         with writing(folder), progress_bar() as bar:
             write_json_atomic(folder / IDENTITY, asdict(identity))
             task = bar.add_task("original memory", total=len(rows))
@@ -130,7 +133,7 @@ class FrozenStore:
                 file = folder / f"shard-{number:05d}.safetensors"
                 if not holds(file, shard):
                     tensors = _compute(
-                        model, dataset, collator, shard, identity, batch_size, lambda n: bar.advance(task, n)
+                        source, dataset, collator, shard, identity, batch_size, lambda n: bar.advance(task, n)
                     )
                     with atomic_files_into(folder) as temporary:
                         save_file(tensors, temporary / file.name)
@@ -146,7 +149,7 @@ class FrozenStore:
     def open(
         cls,
         folder: Path,
-        model: IMSMModel,
+        model: object,
         dataset: Rows,
         collator: Collator,
         *,
@@ -160,13 +163,13 @@ class FrozenStore:
         UsageError for other settings, DataError for rows that are not in it, and DamagedFileError.
         """
         check_identity(folder, StoreIdentity(**read_facts(folder / MANIFEST)["identity"]), identity)
-        store = cls(folder)
-        rows = plan_rows(dataset) if rows is None else rows
+        store, source = cls(folder), _source(model)
+        rows = plan_rows(dataset, source.has_queries) if rows is None else rows
         if missing := sum(row.key not in store._index for row in rows):
             raise DataError(
                 f"{folder} was made for other rows: {missing:,} of {len(rows):,} are not in it. {fix(folder)}"
             )
-        store._check_sample(model, dataset, collator, random.SystemRandom().sample(rows, min(samples, len(rows))))
+        store._check_sample(source, dataset, collator, random.SystemRandom().sample(rows, min(samples, len(rows))))
         return store
 
     def batch(
@@ -209,11 +212,11 @@ class FrozenStore:
             raise DamagedFileError(f"{file} is damaged: a row is not what was written. {fix(self.folder)}")
         return to_tensor(states, self._dtype, self.width), to_tensor(queries, torch.float32, self.width)
 
-    def _check_sample(self, model: IMSMModel, dataset: Rows, collator: Collator, rows: Sequence[Row]) -> None:
+    def _check_sample(self, source: FrozenSource, dataset: Rows, collator: Collator, rows: Sequence[Row]) -> None:
         if not rows:
             return
         batch = collator([dataset[row.index] for row in rows])
-        again = _frozen_states(model, batch, self.identity)
+        again = _frozen_states(source, batch, self.identity)
         stored = self.batch(
             batch["input_ids"], batch.get("attention_mask"), batch["labels"], query_mask=batch.get("query_mask")
         )
@@ -228,22 +231,25 @@ class FrozenStore:
                 )
 
 
-def _base(model: IMSMModel) -> Any:
-    return model.get_base_model()  # PEFT's annotation says it is any module
+def _source(model: object) -> FrozenSource:
+    source = source_of(model)
+    if source is None:
+        raise UsageError(f"A {type(model).__name__} reads no original memory, so there is nothing to store.")
+    return source
 
 
-def _frozen_states(model: IMSMModel, batch: Mapping[str, Tensor], identity: StoreIdentity) -> FrozenStates:
+def _frozen_states(source: FrozenSource, batch: Mapping[str, Tensor], identity: StoreIdentity) -> FrozenStates:
     """The original memory of a batch on the CPU, in the same autocast as in training."""
-    device = _base(model).device
+    device = source.base.device
     inputs = {name: batch[name].to(device) for name in _INPUTS if name in batch}
     dtype = getattr(torch, identity.autocast) if identity.autocast else None
     with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
-        frozen = model.frozen_states(**inputs)
+        frozen = source.states(**inputs)
     return FrozenStates(frozen.states.cpu(), frozen.queries.float().cpu())
 
 
 def _compute(
-    model: IMSMModel,
+    source: FrozenSource,
     dataset: Rows,
     collator: Collator,
     rows: Sequence[Row],
@@ -255,7 +261,7 @@ def _compute(
     made = []
     for start in range(0, len(rows), batch_size):
         part = rows[start : start + batch_size]
-        made.append(_frozen_states(model, collator([dataset[row.index] for row in part]), identity))
+        made.append(_frozen_states(source, collator([dataset[row.index] for row in part]), identity))
         advance(len(part))
     states, queries = torch.cat([f.states for f in made]), torch.cat([f.queries for f in made])
     counts = [[row.positions for row in rows], [row.queries for row in rows]]

@@ -24,6 +24,7 @@ from ..errors import DamagedFileError, TrainingError
 from ..files import read_safetensors
 from ..genadapter import GenerativeAdapter
 from ..imsm import IMSMModel
+from ..imsm.labels import IGNORED
 from ..progress import progress_bar
 from . import checkpoints
 from .distractors import DistractorCallback
@@ -48,8 +49,8 @@ class TwinweaveTrainer(TermTrainer):
     """A Trainer for adapters, used as transformers documents it.
 
     `own_learning_rates`: prefix of parameter names -> learning rate of those parameters.
-    `frozen_store`: the original memory of every row of the data, read instead of running frozen passes once the
-    warm-up is over. `term`: what the method adds to the task's loss, logged as `term`.
+    `frozen_store`: the original memory of every row of the data, read instead of running frozen passes (of IMSM, once
+    the warm-up is over). `term`: what the method adds to the task's loss, logged as `term`.
     After `train()`: `seconds` (of training, over all resumed parts) and `tokens` (trained on, padding excluded).
     """
 
@@ -163,7 +164,9 @@ class TwinweaveTrainer(TermTrainer):
         return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
 
     def _at_labels(self, inputs: dict[str, Any], from_store: bool = True) -> dict[str, Any]:
-        """What an IMSMModel needs to compute the same loss from the label positions alone."""
+        """What a model with an original memory needs to compute the same loss from the label positions alone."""
+        if isinstance(self.model, MemoryModel):
+            return self._with_stored_states(inputs)
         own_loss = self.label_smoother is not None or self.compute_loss_func is not None  # they want every logit
         if not isinstance(self.model, IMSMModel) or own_loss or "labels" not in inputs or "shift_labels" in inputs:
             return inputs
@@ -177,6 +180,14 @@ class TwinweaveTrainer(TermTrainer):
                 query_mask=inputs.get("query_mask"),
             )
         return inputs
+
+    def _with_stored_states(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """What a MemoryModel needs, so that it does not run the base on the questions alone."""
+        if self._frozen_store is None:
+            return inputs
+        asked = (inputs["labels"] != IGNORED).any(1)  # rows that only fill the batch up are in no store
+        ids, mask, labels = (inputs[name][asked] for name in ("input_ids", "attention_mask", "labels"))
+        return {**inputs, "frozen": self._frozen_store.batch(ids, mask, labels, device=self.args.device).states}
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As in transformers; raises TrainingError when the loss is no number, before such weights are kept."""
