@@ -115,9 +115,10 @@ def padded_first(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def embeddings_of(base: PreTrainedModel) -> Tensor:
-    """The input embeddings [V, D]."""
+    """The input embeddings [V, D] as the decoder gets them: there are bases whose embeddings scale what they hold."""
     table: Any = base.get_input_embeddings()
-    return cast(Tensor, table.weight.detach())
+    with torch.no_grad():
+        return cast(Tensor, table(torch.arange(len(table.weight), device=table.weight.device)))
 
 
 def takes_positions(decoder: nn.Module) -> bool:

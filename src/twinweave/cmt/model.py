@@ -27,12 +27,12 @@ from ..text import chunks_of, digest_and_pieces
 from . import saving
 from .aggregator import Aggregator, pooled
 from .bank import Hit, Memory, MemoryBank
-from .checks import check_adapter, check_base
+from .checks import check_adapter, check_base, check_generation
 from .compressor import Compressor, padded_first
 from .config import CMTConfig, chunk_size_of
 from .contrast import ContrastWithoutMemory
 from .objective import contrasted, self_matching
-from .prefix import Prefix, fill, shapes_of, take_cache
+from .prefix import Prefix, fill, setting, shapes_of, take_cache
 
 IGNORED = -100
 Text = str | os.PathLike[str]
@@ -192,17 +192,14 @@ class MemoryModel(nn.Module):
         contrast: float,
         options: dict[str, Any],
     ) -> Any:
+        check_generation(self.base, options, contrast)
         generate: Any = self.base.generate
         memories = self._retrieved(ids, mask, top_k, where)
         if memories is None:
             return generate(input_ids=ids, attention_mask=mask, **options)
-        settings = options.get("generation_config") or self.base.generation_config
-        names = ("num_return_sequences", "num_beams")
-        samples, beams = (options.get(name, getattr(settings, name, None)) or 1 for name in names)
-        copies = max(samples, beams)  # of each row, neighbours in the batch
+        # of each row, neighbours in the batch
+        copies = max(setting(self.base, options, name) or 1 for name in ("num_return_sequences", "num_beams"))
         if contrast:
-            if beams > 1:
-                raise UsageError("contrast cannot be used with beams. Leave num_beams out, or contrast.")
             own = options.pop("logits_processor", None) or []
             first = ContrastWithoutMemory(self.base, ids, mask, contrast, copies)
             options["logits_processor"] = LogitsProcessorList([first, *own])
@@ -251,13 +248,18 @@ class MemoryModel(nn.Module):
         memories = self._compress_documents(context_ids, context_mask)
         question = self.compressor(*self._questions(input_ids, mask, labels, query_mask))
         reads = torch.eye(len(context_ids), device=context_ids.device) if reads is None else reads
+        if reads.shape[1] != len(context_ids) or not len(reads) or len(input_ids) % len(reads):
+            raise UsageError(
+                f"reads is {list(reads.shape)} for {len(context_ids)} documents and {len(input_ids)} rows. Give a line "
+                "for each group of as many rows, with a column for each document."
+            )
         belongs = reads.bool().repeat_interleave(len(input_ids) // len(reads), dim=0)
         memory = self.aggregator(question, memories[None], self._seen_by(belongs))
         with_memory, without, targets = self._logits_at_labels(input_ids, mask, labels, memory, frozen)
         loss = cross_entropy(
             contrasted(with_memory, without, self.settings.memory_aware_weight), targets, reduction="sum"
         )
-        count = len(targets) if num_items_in_batch is None else num_items_in_batch
+        count = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
         loss = loss / count
         if self.settings.self_matching_weight:
             answered = (labels != IGNORED).any(1)  # rows that only fill the batch up ask nothing
@@ -490,6 +492,9 @@ class MemoryModel(nn.Module):
 
     def _in_front(self, inputs: dict[str, Any], memory: Tensor) -> dict[str, Any]:
         """The inputs of the base for rows with a prefix in front of them."""
+        for name in ("past_key_values", "position_ids"):
+            if inputs.get(name) is not None:
+                raise UsageError(f"{name} cannot be given: the memories come in front of it. Use generate().")
         cache = DynamicCache(config=self.base.config)
         fill(cache, self.prefix(memory), self.base.dtype)
         mask = inputs["attention_mask"]

@@ -88,31 +88,34 @@ def fill(cache: Cache, prefix: list[KeyValue], dtype: torch.dtype, copies: int =
         cache.update(key, value, index)
 
 
+def setting(base: PreTrainedModel, options: dict[str, Any], name: str) -> Any:
+    """What `generate` goes by: its argument, or else what the caller's generation config says, or else the base's."""
+    configs = (options.get("generation_config"), base.generation_config)
+    values = (options.get(name), *(getattr(config, name, None) for config in configs))
+    return next((value for value in values if value is not None), None)
+
+
 def take_cache(base: PreTrainedModel, options: dict[str, Any], length: int) -> Cache:
     """The empty cache that the options of `generate` ask for, which are taken out of them; a dynamic one by default.
 
     `length`: of prefix and prompt. Raises UsageError for one that is not empty, or of a kind that cannot be made.
     """
-    settings = options.get("generation_config") or base.generation_config
-    given, kind = options.pop("past_key_values", None), options.pop("cache_implementation", None)
-    kind = kind or getattr(settings, "cache_implementation", None)
-    if options.get("use_cache", True) is False:
+    kind, given = setting(base, options, "cache_implementation"), options.pop("past_key_values", None)
+    if kind is not None:
+        options["cache_implementation"] = None  # goes before that of a config; transformers refuses it beside a cache
+    if setting(base, options, "use_cache") is False:
         raise UsageError("use_cache=False leaves no place for the memories, which are keys and values. Leave it out.")
     if given is not None:
         if given.get_seq_length():
             raise UsageError("past_key_values has tokens in it already. Pass an empty cache, or none.")
         return given
     config = base.config.get_text_config(decoder=True)
-    if kind in (None, "dynamic", "dynamic_full", "offloaded"):
+    if kind in (None, "dynamic", "dynamic_full", "offloaded", "hybrid"):  # "hybrid": of old configs, as transformers
         return DynamicCache(config=config, offloading=kind == "offloaded")
     if kind in ("static", "offloaded_static"):
-        new = options.get("max_new_tokens", settings.max_new_tokens) or _most_new(options, settings)
+        new = setting(base, options, "max_new_tokens") or setting(base, options, "max_length") or 20
         return StaticCache(config=config, max_cache_len=length + new, offloading=kind == "offloaded_static")
     raise UsageError(
         f"cache_implementation is {kind!r}. Use dynamic, static, offloaded or offloaded_static, or pass an empty cache "
         "of any kind as past_key_values."
     )
-
-
-def _most_new(options: dict[str, Any], settings: Any) -> int:
-    return int(options.get("max_length", settings.max_length) or 20)
