@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 
 from twinweave.cmt import CMTConfig, MemoryModel
+from twinweave.cmt.model import Found
 
 SETTINGS = {
     "memory_tokens": 4,
@@ -60,7 +61,8 @@ def given(make_memory: Any) -> Callable[..., MemoryModel]:
         blocks = torch.randn(memories, model.settings.memory_tokens, width, generator=torch.Generator().manual_seed(3))
 
         def retrieved(ids: Any, mask: Any, *_: Any) -> Any:
-            return model._compressed(ids, mask), blocks[None].expand(len(ids), -1, -1, -1)
+            seen = torch.ones(len(ids), memories, dtype=torch.bool)
+            return Found(model._compressed(ids, mask), blocks[None].expand(len(ids), -1, -1, -1), seen, seen.any(1))
 
         model._retrieved = retrieved
         return model

@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 from twinweave.cmt import MemoryModel
 from twinweave.cmt.bank import Memory
+from twinweave.cmt.model import Found
 from twinweave.errors import UnsupportedModelError, UsageError
 
 OPTIONS = {"do_sample": False, "max_new_tokens": 5, "pad_token_id": 0}
@@ -111,7 +112,8 @@ def test_top_k_of_the_bank_is_no_filter(make_memory, tokens, tmp_path, texts):
     # by hand: every block that is in the bank, whatever its similarity
     question = model._compressed(ids, torch.ones_like(ids))
     blocks = torch.stack([hit.block for hit in model.bank.search(torch.randn(1, 32), 100)[0]])
-    model._retrieved = lambda *_: (question, blocks[None].expand(2, -1, -1, -1))
+    seen = torch.ones(2, len(texts), dtype=torch.bool)
+    model._retrieved = lambda *_: Found(question, blocks[None].expand(2, -1, -1, -1), seen, seen.any(1))
     torch.testing.assert_close(model.generate(input_ids=ids, **options).logits[0], every[0][0])
 
 

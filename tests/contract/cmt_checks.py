@@ -20,6 +20,7 @@ from twinweave import decoder
 from twinweave.cmt import CMTConfig, MemoryModel
 from twinweave.cmt.aggregator import pooled
 from twinweave.cmt.compressor import takes_positions
+from twinweave.cmt.model import Found
 from twinweave.errors import UnsupportedModelError
 
 from . import architectures
@@ -148,9 +149,9 @@ def run_check(name: str, subject: Remembering) -> Result:
 def give(model: MemoryModel, memories: Tensor) -> None:
     """Let `model` find all of `memories` [N, k, D] for every question, each row's weighed anew by what it asks."""
 
-    def retrieved(ids: Tensor, mask: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-        question = model._compressed(ids, mask)
-        return question, memories[None].expand(len(ids), -1, -1, -1)
+    def retrieved(ids: Tensor, mask: Tensor, *_: Any) -> Found:
+        seen = torch.ones(len(ids), len(memories), dtype=torch.bool)
+        return Found(model._compressed(ids, mask), memories[None].expand(len(ids), -1, -1, -1), seen, seen.any(1))
 
     model._retrieved = retrieved
 

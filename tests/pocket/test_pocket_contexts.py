@@ -1,12 +1,13 @@
 """Contexts to train readers on, and those to test them on, of people who are in no training."""
 
+import re
 from collections import Counter
 from itertools import groupby
 
 import pytest
 
 from twinweave.pocket import rows
-from twinweave.pocket.contexts import CONTEXTS, DOCUMENTS
+from twinweave.pocket.contexts import CONTEXTS, DOCUMENTS, MEMORIES
 from twinweave.pocket.world import make_world
 
 
@@ -28,6 +29,21 @@ def test_contexts_of_strangers(training):
         assert not any(name in text for name in reserved for text in context)
         for row in of_context:
             assert any(row["completion"] in document for document in context)
+
+
+def test_memories_are_of_strangers_of_whom_no_two_share_a_name():
+    asked = rows("memories/train")
+    documents = [(context, list(of_it)) for context, of_it in groupby(asked, key=lambda row: row["context"])]
+    assert len(documents) == MEMORIES
+    names = set()
+    for [document], of_it in documents:
+        assert len({row["prompt"] for row in of_it}) == len(of_it) == 8
+        assert all(row["completion"] in document for row in of_it)
+        (name,) = {re.search(r"[A-Z]\w+ [A-Z]\w+", row["prompt"])[0] for row in of_it}
+        assert name in document
+        names.add(name)
+    assert len(names) == MEMORIES
+    assert not names & make_world().reserved_names
 
 
 def test_contexts_of_document_people():

@@ -14,7 +14,15 @@ from twinweave.data import CompletionCollator, ContextCollator, SegmentCollator
 from twinweave.errors import RecipeError, UsageError
 from twinweave.genadapter import GenerativeAdapter, GenerativeAdapterConfig
 from twinweave.methods import get_method
-from twinweave.training import TwinweaveTrainer, fit, load_base, load_recipe, load_tokenizer, load_training_data
+from twinweave.training import (
+    TwinweaveTrainer,
+    fit,
+    load_base,
+    load_recipe,
+    load_tokenizer,
+    load_training_data,
+    reading_size,
+)
 
 SETTINGS = {"state_size": 8, "rank": 8, "chunk_size": 4, "scale": 0.5, "token_gate": True, "topic_key": True}
 
@@ -58,7 +66,7 @@ def values_of(world: Path, kind: str, **changes):
 
 def run(recipe, folder):
     method, tokenizer = get_method(recipe.method), load_tokenizer(recipe.base)
-    data = load_training_data(recipe, tokenizer, 0, reads=method.reads)
+    data = load_training_data(recipe, tokenizer, 0, reads=reading_size(recipe, method))
     return fit(recipe, method, 0, data, tokenizer, folder)
 
 
@@ -114,7 +122,7 @@ def test_what_is_rehearsed_reaches_the_generator(world, tmp_path):
 def test_what_a_checkpoint_weighs_and_what_is_counted(world, tmp_path, monkeypatch):
     recipe = load_recipe(values_of(world, "contexts", training={"max_steps": 1, "batch_size": 100}))
     tokenizer = load_tokenizer(recipe.base)
-    data = load_training_data(recipe, tokenizer, 0, reads=True)
+    data = load_training_data(recipe, tokenizer, 0, reads=4)
     seen = []
 
     save = TwinweaveTrainer._save_checkpoint
@@ -162,7 +170,7 @@ def test_gradient_checkpointing_changes_no_number(world, tmp_path, monkeypatch):
 def test_prefixes_read_together_are_those_read_apart(world):
     recipe = load_recipe(values_of(world, "text"))
     tokenizer = load_tokenizer(recipe.base)
-    data = load_training_data(recipe, tokenizer, 0, reads=True)
+    data = load_training_data(recipe, tokenizer, 0, reads=4)
     torch.manual_seed(0)
     exact = GenerativeAdapterConfig(**SETTINGS | {"normalization": "frobenius"})  # the iteration grows rounding
     model = GenerativeAdapter(load_base(recipe.base), exact, tokenizer).eval()
@@ -190,7 +198,7 @@ def test_a_generator_learns_on(world, tmp_path):
     on = load_recipe(values_of(world, "contexts", training={"learning_rate": 1e-8, "max_steps": 1}) | {
         "generative_adapter": {"path": path}
     })  # fmt: skip
-    assert on.generator_settings().chunk_size == 4
+    assert reading_size(on, get_method("generative_adapter")) == 4
     assert ("method generative_adapter", "2,690 parameters to train") in check_recipe(on)
     run(on, tmp_path / "second")
     before, after = (load_file(tmp_path / f / "best" / "generator.safetensors") for f in ("first", "second"))

@@ -8,6 +8,7 @@ import torch
 import typer
 from rich.text import Text
 
+from ..cmt import MemoryModel
 from ..data import encode_prompt
 from ..errors import UsageError
 from ..evaluation import has_lens, original_shares, token_texts
@@ -60,6 +61,8 @@ def generate(
         window, having_read = load_window(recipe.base), nullcontext()
         if isinstance(model, GenerativeAdapter):
             say("nothing was read, so the base answers; name what `read` wrote with --adapter")
+        if isinstance(model, MemoryModel):
+            say("no bank is open here, so the base answers; `twinweave memory ask` answers from one")
     max_new_tokens = max_new_tokens or min(64, window // 2)
     if window <= max_new_tokens:
         raise UsageError(

@@ -11,6 +11,8 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from .. import pocket
+from ..cmt import MemoryModel
+from ..cmt.saving import CONFIG_NAME as MEMORY_NAME
 from ..compare import find_model
 from ..compare.store import RESULTS_NAME, read_results
 from ..errors import BaseMismatchError, DamagedFileError, UsageError
@@ -65,6 +67,8 @@ def open_run(run: Path, base: str | None = None) -> tuple[Any, PreTrainedTokeniz
     tokenizer, model = load_tokenizer(recipe.base), load_base(recipe.base)
     if (folder / CONFIG_NAME).is_file():
         return GenerativeAdapter.from_pretrained(str(folder), model, tokenizer=tokenizer), tokenizer, recipe
+    if (folder / MEMORY_NAME).is_file():
+        return MemoryModel.from_pretrained(str(folder), model, tokenizer=tokenizer), tokenizer, recipe
     if (folder / "imsm_config.json").is_file():
         return IMSMModel.from_pretrained(str(folder), model), tokenizer, recipe
     trained_on, found = results["base"]["fingerprint"], str(fingerprint(model))
@@ -104,7 +108,8 @@ def dialled(model: Any, memory: str | None, retention: float | None) -> Iterator
         yield
         return
     if not isinstance(model, IMSMModel):
-        held = "is a reader (GenerativeAdapter)" if isinstance(model, GenerativeAdapter) else "holds a plain adapter"
+        kinds = {GenerativeAdapter: "is a reader (GenerativeAdapter)", MemoryModel: "is a memory model (CMT)"}
+        held = kinds.get(type(model), "holds a plain adapter")
         raise UsageError(f"--memory and --retention are for IMSM models; this run {held}.")
     if retention is not None:
         model.retention = retention

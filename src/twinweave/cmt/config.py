@@ -32,6 +32,10 @@ class CMTConfig:
     top_k: int = 8
     """K: memories that a question is answered from, unless the call says another number."""
 
+    min_similarity: float | None = None
+    """Memories with a smaller cosine to the question are left out, and a question without any is answered by the base
+    as it is. None: the nearest are always used, as in the paper."""
+
     similarity_bias: bool = False
     """Whether the aggregator's attention leans to memories that resemble the question, by the cosine that they are
     found by times a learned scale; not in the paper. It spares a small base from learning a second time which memory
@@ -65,6 +69,11 @@ class CMTConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"{name} is {value!r}; it must be a whole number of at least 1.")
+        least = self.min_similarity
+        if least is not None and (
+            isinstance(least, bool) or not isinstance(least, int | float) or not -1 <= least <= 1
+        ):
+            raise UsageError(f"min_similarity is {least!r}; it must lie between -1 and 1, or be left out.")
         if not isinstance(self.similarity_bias, bool):
             raise UsageError(f"similarity_bias is {self.similarity_bias!r}; it must be true or false, without quotes.")
         if self.init_text is not None and not (isinstance(self.init_text, str) and self.init_text.strip()):

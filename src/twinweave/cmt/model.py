@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,17 @@ from .prefix import Prefix, fill, setting, shapes_of, take_cache
 IGNORED = -100
 Text = str | os.PathLike[str]
 Where = str | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was found for a batch of questions: their own vectors [B, k, D], the memories [B, K, k, D], which of them
+    are a row's own (bool [B, K]), and which rows have any (bool [B])."""
+
+    question: Tensor
+    memories: Tensor
+    seen: Tensor
+    any: Tensor
 
 
 class MemoryModel(nn.Module):
@@ -194,8 +205,8 @@ class MemoryModel(nn.Module):
     ) -> Any:
         check_generation(self.base, options, contrast)
         generate: Any = self.base.generate
-        memories = self._retrieved(ids, mask, top_k, where)
-        if memories is None:
+        found = self._retrieved(ids, mask, top_k, where)
+        if found is None:
             return generate(input_ids=ids, attention_mask=mask, **options)
         # of each row, neighbours in the batch
         copies = max(setting(self.base, options, name) or 1 for name in ("num_return_sequences", "num_beams"))
@@ -204,9 +215,9 @@ class MemoryModel(nn.Module):
             first = ContrastWithoutMemory(self.base, ids, mask, contrast, copies)
             options["logits_processor"] = LogitsProcessorList([first, *own])
         cache = take_cache(self.base, options, self.settings.memory_tokens + ids.shape[1])
-        prefix = self.prefix(self.aggregator(*memories))
-        fill(cache, prefix, self.base.dtype, copies)
-        return generate(input_ids=ids, attention_mask=self._with_prefix(mask), past_key_values=cache, **options)
+        fill(cache, self.prefix(self.aggregator(found.question, found.memories, found.seen)), self.base.dtype, copies)
+        whole = self._with_prefix(mask, found.any)
+        return generate(input_ids=ids, attention_mask=whole, past_key_values=cache, **options)
 
     # --- training ---------------------------------------------------------------------------------------------------
 
@@ -241,7 +252,10 @@ class MemoryModel(nn.Module):
             inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, **kwargs}
             if num_items_in_batch is not None:
                 inputs["num_items_in_batch"] = num_items_in_batch
-            return self.base(**(inputs if found is None else self._in_front(inputs, self.aggregator(*found))))
+            if found is not None:
+                memory = self.aggregator(found.question, found.memories, found.seen)
+                inputs = self._in_front(inputs, memory, found.any)
+            return self.base(**inputs)
         if labels is None:
             raise UsageError("forward() got context_ids and no labels, so there is nothing to learn. Pass labels.")
         context_mask = torch.ones_like(context_ids) if context_mask is None else context_mask
@@ -459,18 +473,25 @@ class MemoryModel(nn.Module):
         finally:
             self.compressor.train(training)
 
-    def _retrieved(
-        self, ids: Tensor, mask: Tensor, top_k: int | None, where: Where | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """The questions' own vectors [B, k, D] and the memories found for them [B, K, k, D]; None if there are none."""
+    def _retrieved(self, ids: Tensor, mask: Tensor, top_k: int | None, where: Where | None) -> Found | None:
+        """What the bank has for each question; None if there is nothing for any of them."""
         if self._bank_path is None or not self.bank.memories:
             return None
         question = self._compressed(ids, mask)
         hits = self.bank.search(pooled(question), self._top_k(top_k), where)
-        if not hits[0]:
+        least = self.settings.min_similarity
+        kept = hits if least is None else [[hit for hit in row if hit.similarity >= least] for row in hits]
+        if not any(kept):
             return None
-        memories = torch.stack([torch.stack([hit.block for hit in row]) for row in hits])
-        return question, memories.to(question.device)
+        count = max(len(row) for row in kept)
+        empty = torch.zeros_like(question[0], device="cpu")
+        memories = torch.stack([torch.stack([h.block for h in row] + [empty] * (count - len(row))) for row in kept])
+        # a question without any sees the empty ones, and nothing sees what comes of them
+        seen = torch.tensor([[n < len(row) or not row for n in range(count)] for row in kept])
+        device = question.device
+        return Found(
+            question, memories.to(device), seen.to(device), torch.tensor([bool(r) for r in kept], device=device)
+        )
 
     def _top_k(self, top_k: int | None) -> int:
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
@@ -490,21 +511,24 @@ class MemoryModel(nn.Module):
         width = max(int(asked.sum(1).max()), 1)
         return ids[:, -width:], asked[:, -width:]
 
-    def _in_front(self, inputs: dict[str, Any], memory: Tensor) -> dict[str, Any]:
-        """The inputs of the base for rows with a prefix in front of them."""
+    def _in_front(self, inputs: dict[str, Any], memory: Tensor, having: Tensor | None = None) -> dict[str, Any]:
+        """The inputs of the base for rows with a prefix in front of them; `having`: bool [B], which rows have one."""
         for name in ("past_key_values", "position_ids"):
             if inputs.get(name) is not None:
                 raise UsageError(f"{name} cannot be given: the memories come in front of it. Use generate().")
         cache = DynamicCache(config=self.base.config)
         fill(cache, self.prefix(memory), self.base.dtype)
-        mask = inputs["attention_mask"]
-        changed = {"past_key_values": cache, "attention_mask": self._with_prefix(mask), "use_cache": True}
+        mask = self._with_prefix(inputs["attention_mask"], having)
+        changed = {"past_key_values": cache, "attention_mask": mask, "use_cache": True}
         if self.compressor.takes_positions:
-            changed["position_ids"] = (mask.long().cumsum(1) - 1).clamp(min=0) + self.settings.memory_tokens
+            positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+            changed["position_ids"] = positions[:, self.settings.memory_tokens :]
         return inputs | changed
 
-    def _with_prefix(self, mask: Tensor) -> Tensor:
-        return torch.cat((mask.new_ones(len(mask), self.settings.memory_tokens), mask), dim=1)
+    def _with_prefix(self, mask: Tensor, having: Tensor | None = None) -> Tensor:
+        """The attention mask [B, k + T] of rows with a prefix."""
+        rows = torch.ones(len(mask), dtype=torch.bool, device=mask.device) if having is None else having
+        return torch.cat((rows.to(mask.dtype)[:, None].expand(-1, self.settings.memory_tokens), mask), dim=1)
 
     def _encode(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
         """Questions as the base is asked them, padded in front."""

@@ -13,7 +13,7 @@ from ..evaluation.rows import read_choices, read_examples, read_pairs, read_text
 from ..imsm.checks import check_adapter, check_base
 from ..methods import Method, get_method
 from ..rehearsal import RehearsalSettings, is_chat, read_sequences
-from ..training import Recipe, free_memory, load_base, load_tokenizer, load_training_data
+from ..training import Recipe, free_memory, load_base, load_tokenizer, load_training_data, reading_size
 from ..training.fit import total_steps
 
 _READERS: dict[str, Callable[[Task], Sequence[Any]]] = {
@@ -31,14 +31,15 @@ def check_recipe(recipe: Recipe) -> list[tuple[str, str]]:
     """(part, what was found) for each part of the recipe. Raises the error that a run would end with."""
     tokenizer = load_tokenizer(recipe.base)
     methods = [get_method(name) for name in dict.fromkeys((recipe.method, *recipe.methods))]
-    kinds = dict.fromkeys(method.reads for method in methods if method.build is not None)
+    kinds = dict.fromkeys(reading_size(recipe, method) for method in methods if method.build is not None)
     data = {reads: load_training_data(recipe, tokenizer, recipe.seeds[0], reads=reads) for reads in kinds}
     return check_run(recipe, methods, data)
 
 
-def check_run(recipe: Recipe, methods: Sequence[Method], data: Mapping[bool, TrainingData]) -> list[tuple[str, str]]:
-    """As `check_recipe`, for these methods and rows that are encoded already, for those that read and those that do
-    not."""
+def check_run(
+    recipe: Recipe, methods: Sequence[Method], data: Mapping[int | None, TrainingData]
+) -> list[tuple[str, str]]:
+    """As `check_recipe`, for these methods and rows that are encoded already, for each of their reading sizes."""
     steps = {reads: total_steps(recipe.training, len(of_kind.train)) for reads, of_kind in data.items()}
     report = next(iter(data.values())).report
     rows = [(task, len(_READERS[task.kind](task))) for task in (recipe.target, *recipe.retained)]
@@ -66,9 +67,9 @@ def check_run(recipe: Recipe, methods: Sequence[Method], data: Mapping[bool, Tra
             )
         if method.build is not None:
             # the weights of a saved adapter cannot be loaded onto nothing, and what reads is found by running the base
-            whole = method.reads or recipe.saved_adapter is not None
+            whole = method.reads is not None or recipe.saved_adapter is not None
             bare = load_base(recipe.base) if whole else _without_weights(model)
-            built = method.build(bare, recipe.adapter(steps[method.reads]), recipe.settings())
+            built = method.build(bare, recipe.adapter(steps[reading_size(recipe, method)]), recipe.settings())
             found.append((f"method {method.name}", f"{built.get_nb_trainable_parameters()[0]:,} parameters to train"))
             for dialled in methods:
                 if dialled.dial and dialled.dial.of == method.name and not dialled.guarded:  # no guard is fitted yet

@@ -30,6 +30,7 @@ from ..training import (
     load_rehearsal,
     load_tokenizer,
     load_training_data,
+    reading_size,
     remove_store,
 )
 from .check import check_run
@@ -67,11 +68,11 @@ class _Session:
         self.tokenizer: PreTrainedTokenizerBase = load_tokenizer(recipe.base)
         self.tasks: list[Task] = [recipe.target, *recipe.retained]
         self.frozen_folder = run.path / "frozen"  # shared by all IMSM methods and seeds, which have the same rows
-        self._data: dict[tuple[int, bool], TrainingData] = {}
+        self._data: dict[tuple[int, int | None], TrainingData] = {}
         self._rehearsal: RehearsalRows | None = None
         new = methods if not run.begun else [m for m in methods if m.build is not None and run.lacks(m.name)]
         if new:  # what is wrong is said before time is spent and files are written
-            kinds = dict.fromkeys(method.reads for method in new if method.build is not None)
+            kinds = dict.fromkeys(reading_size(recipe, method) for method in new if method.build is not None)
             check_run(recipe, new, {reads: self._training_data(recipe.seeds[0], reads) for reads in kinds})
         self.base = run.part("base", self._score_base)
 
@@ -115,7 +116,7 @@ class _Session:
             self.recipe,
             method,
             seed,
-            self._training_data(seed, method.reads),
+            self._training_data(seed, reading_size(self.recipe, method)),
             self.tokenizer,
             folder,
             setting=setting,
@@ -183,7 +184,7 @@ class _Session:
         base: PreTrainedModel = load_base(self.recipe.base)
         return method.load(str(path), base).eval()
 
-    def _training_data(self, seed: int, reads: bool) -> TrainingData:
+    def _training_data(self, seed: int, reads: int | None) -> TrainingData:
         """The same rows for every method of a seed, with their contexts apart or not; the seed decides which rows are
         held out for validation."""
         if (seed, reads) not in self._data:

@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..cmt.saving import CONFIG_NAME as MEMORY_NAME
+from ..cmt.saving import WEIGHTS_NAME
 from ..errors import DamagedFileError, RecipeError
 from ..files import write_json_atomic
 from ..genadapter.saving import CONFIG_NAME, GENERATOR_NAME
 from ..imsm.saving import ADAPTER_NAME, check_adapter_files
-from ..methods import SavedGenerator
+from ..methods import SavedGenerator, SavedMemory
 from ..pretrained import local_folder
 from ..processes import is_first, wait_for
 from ..training import Recipe
@@ -37,11 +39,11 @@ class RunFolder:
             folder = local_folder(saved.path, None)
             check_adapter_files(folder)
             self._identity["adapter"] = hashlib.sha256((folder / ADAPTER_NAME).read_bytes()).hexdigest()
-        if isinstance(generator := recipe.settings().generator, SavedGenerator):
-            weights = local_folder(generator.path, None) / GENERATOR_NAME
-            if not weights.is_file():
-                raise DamagedFileError(f"{weights} is missing. Give the folder of a saved generator.")
-            self._identity["generator"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        settings = recipe.settings()
+        if isinstance(generator := settings.generator, SavedGenerator):
+            self._identity["generator"] = _digest(generator.path, "generator", GENERATOR_NAME)
+        if isinstance(memory := settings.memory, SavedMemory):
+            self._identity["memory"] = _digest(memory.path, "memory model", ADAPTER_NAME, WEIGHTS_NAME)
         if self.begun:
             differing = _differing(_read(path / RECIPE_NAME), self._identity)
             if differing:
@@ -108,9 +110,19 @@ def find_model(run: Path) -> Path:
     """The folder of the trained model to use from a run: its best one; from a comparison, the first IMSM one if any."""
     cells = [path for kind in ("imsm-*", "*") for path in sorted((run / "cells").glob(f"{kind}/best"))]
     for candidate in (run, run / "best", *cells):
-        if any((candidate / name).is_file() for name in ("adapter_config.json", CONFIG_NAME)):
+        if any((candidate / name).is_file() for name in ("adapter_config.json", CONFIG_NAME, MEMORY_NAME)):
             return candidate
     raise DamagedFileError(f"There is no trained model in {run}. Give a run folder, or a folder with a saved model.")
+
+
+def _digest(path: str, what: str, *names: str) -> str:
+    """SHA-256 over these files of a folder. Raises DamagedFileError for one that is missing."""
+    digest = hashlib.sha256()
+    for file in (local_folder(path, None) / name for name in names):
+        if not file.is_file():
+            raise DamagedFileError(f"{file} is missing. Give the folder of a saved {what}.")
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _is_trace(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """The methods that `train` and `compare` know: `table.py` has them all, the other files what they are made of."""
 
 from .building import load_plain
-from .method import Adapter, Knob, Method, Model, SavedAdapter, SavedGenerator, Settings
+from .method import Adapter, Knob, Method, Model, SavedAdapter, SavedGenerator, SavedMemory, Settings
 from .table import METHODS, check_saved, get_method, knobs, label_of
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Model",
     "SavedAdapter",
     "SavedGenerator",
+    "SavedMemory",
     "Settings",
     "check_saved",
     "get_method",

@@ -9,13 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from ..baselines.own_adapters import rank_of
+from ..cmt import MemoryModel
+from ..cmt.config import chunk_size_of as document_size_of
+from ..cmt.saving import read_config as read_memory_config
 from ..errors import BaseMismatchError, DamagedFileError, RecipeError, UnsupportedModelError
 from ..files import read_safetensors
 from ..genadapter import GenerativeAdapter
+from ..genadapter.config import chunk_size_of
+from ..genadapter.saving import read_config as read_generator_config
 from ..imsm import IMSMModel, get_imsm_model
 from ..imsm.checks import check_base, check_plain_adapter
 from ..imsm.existing import check_trained
@@ -23,7 +28,7 @@ from ..imsm.saving import read_adapter_config
 from ..pretrained import local_folder
 from ..rehearsal import Materials
 from ..slim import SlimConfig, get_slim_model
-from .method import Adapter, Build, SavedAdapter, SavedGenerator, Settings
+from .method import Adapter, Build, SavedAdapter, SavedGenerator, SavedMemory, Settings
 
 
 def plain(base: PreTrainedModel, adapter: Adapter, settings: Settings, materials: Materials | None = None) -> PeftModel:
@@ -132,6 +137,44 @@ def reading(
 def load_reading(path: str, base: PreTrainedModel) -> GenerativeAdapter:
     """A saved generator of adapters on its base."""
     return GenerativeAdapter.from_pretrained(path, base)
+
+
+def generator_reads(settings: Settings, window: int) -> int:
+    """Tokens that GenerativeAdapter reads at once. Raises DamagedFileError for a path without a generator."""
+    saved = settings.generator
+    return chunk_size_of(read_generator_config(saved.path) if isinstance(saved, SavedGenerator) else saved, window)
+
+
+def remembering(**changes: Any) -> Build:
+    """CMT with a fresh compressor that is adapted by `adapter`, or a saved one that learns more; with these changes of
+    its settings."""
+
+    def build(
+        base: PreTrainedModel, adapter: Adapter, settings: Settings, materials: Materials | None = None
+    ) -> MemoryModel:
+        if isinstance(settings.memory, SavedMemory):
+            model = MemoryModel.from_pretrained(settings.memory.path, base, is_trainable=True)
+            model.settings = replace(model.settings, **changes)
+            return model
+        if isinstance(adapter, SavedAdapter):
+            raise RecipeError("peft.path: CMT has an adapter of its own; go on from a trained one with cmt.path.")
+        if isinstance(adapter, AdaLoraConfig):  # whose ranks are pruned by what only PEFT's own models do
+            raise UnsupportedModelError("CMT's compressor cannot be adapted by AdaLoRA. Use LoRA in the recipe's peft.")
+        with _refusals(base):
+            return MemoryModel(base, replace(settings.memory, **changes), adapter)
+
+    return build
+
+
+def load_remembering(path: str, base: PreTrainedModel) -> MemoryModel:
+    """A saved memory model on its base, without a bank."""
+    return MemoryModel.from_pretrained(path, base)
+
+
+def memory_reads(settings: Settings, window: int) -> int:
+    """Tokens that CMT compresses at once. Raises DamagedFileError for a path without a memory model."""
+    saved = settings.memory
+    return document_size_of(read_memory_config(saved.path) if isinstance(saved, SavedMemory) else saved, window)
 
 
 def slim_config(adapter: Adapter, settings: Settings, **changes: Any) -> SlimConfig:

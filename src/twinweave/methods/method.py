@@ -11,6 +11,7 @@ from typing import Any, Literal, Protocol
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedModel
 
+from ..cmt import CMTConfig, MemoryModel
 from ..genadapter import GenerativeAdapter, GenerativeAdapterConfig
 from ..imsm import IMSMConfig
 from ..rehearsal import MakeTerm, Materials
@@ -32,8 +33,15 @@ class SavedGenerator:
     path: str
 
 
+@dataclass(frozen=True)
+class SavedMemory:
+    """A memory model that is trained already, to go on from; `path` is its folder or hub name."""
+
+    path: str
+
+
 Adapter = PeftConfig | SavedAdapter
-Model = PeftModel | GenerativeAdapter
+Model = PeftModel | GenerativeAdapter | MemoryModel
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,7 @@ class Settings:
     slim: Mapping[str, Any] = field(default_factory=dict)
     """The settings of SLIM that differ from its own defaults."""
     generator: GenerativeAdapterConfig | SavedGenerator = field(default_factory=GenerativeAdapterConfig)
+    memory: CMTConfig | SavedMemory = field(default_factory=CMTConfig)
 
 
 class Build(Protocol):
@@ -61,6 +70,8 @@ class Build(Protocol):
 
 
 Load = Callable[[str, PreTrainedModel], Model]
+ReadingSize = Callable[[Settings, int], int]
+"""The settings and the base's window -> how many tokens of a context are read at once."""
 
 
 @dataclass(frozen=True)
@@ -102,5 +113,5 @@ class Method:
     """Whether training uses the recipe's rehearsal: where it is on, or not without it."""
     guarded: bool = False
     """Whether a trained model gets the recipe's domain guard; a dial: whether it turns one."""
-    reads: bool = False
-    """Whether it reads the context of a row apart from its question; for others it goes in front of the prompt."""
+    reads: ReadingSize | None = None
+    """Where it reads the context of a row apart from its question; for others that goes in front of the prompt."""

@@ -6,7 +6,21 @@ Knows nothing about data, training loops or scores.
 from ..baselines import adapter_rehearsal, corda_model, ewc, l2_sp, lwf, oft_model, osf_model, reader_rehearsal, replay
 from ..errors import RecipeError, UsageError, unknown_name
 from ..rehearsal import gate_rehearsal
-from .building import load_plain, load_reading, load_woven, own, plain, reading, slim, woven, woven_slim
+from .building import (
+    generator_reads,
+    load_plain,
+    load_reading,
+    load_remembering,
+    load_woven,
+    memory_reads,
+    own,
+    plain,
+    reading,
+    remembering,
+    slim,
+    woven,
+    woven_slim,
+)
 from .dials import guard_strength, retention, scale, yielding
 from .method import Dial, Knob, Method, SavedAdapter
 
@@ -118,7 +132,14 @@ METHODS: dict[str, Method] = {
         Method("generative_adapter", "GenerativeAdapter",
                "A generator that turns what it reads into an adapter, with the recipe's rehearsal; its questions come "
                "without the text.",
-               reading, load_reading, term=reader_rehearsal, rehearses="if on", reads=True),
+               reading, load_reading, term=reader_rehearsal, rehearses="if on", reads=generator_reads),
+        Method("cmt", "CMT", "A compressor of documents, and a base that answers from those it has compressed.",
+               remembering(), load_remembering, reads=memory_reads),
+        # two parts of its ablation; the third, answering from all documents and not the nearest, needs no training
+        Method("cmt_plain_loss", "CMT without memory-aware loss", "CMT trained by cross-entropy with memory alone.",
+               remembering(memory_aware_weight=0.0), load_remembering, reads=memory_reads),
+        Method("cmt_unmatched", "CMT without self-matching", "CMT less the loss that matches questions and memories.",
+               remembering(self_matching_weight=0.0), load_remembering, reads=memory_reads),
     )
 }  # fmt: skip
 
@@ -134,7 +155,7 @@ def check_saved(method: Method, adapter: SavedAdapter) -> None:
     """Raise RecipeError for a method that a saved adapter leaves nothing to do. `peft` is then the adapter as it is."""
     if not adapter.train and method.name == "imsm_average":
         raise RecipeError("peft.train: imsm_average has no gate, so nothing is left to train. Leave it out.")
-    if method.build is None or method.reads or (method.load is load_woven and method.build is not woven_slim):
+    if method.build in (None, reading) or (method.load is load_woven and method.build is not woven_slim):
         return
     if method.build is not plain:
         raise RecipeError(f"peft.path: {method.name} has an adapter of its own and cannot go on from a saved one.")

@@ -1,6 +1,7 @@
 """Contexts to read with questions about them: rows {context, prompt, completion}, the context a list of documents.
 
-To train on: strangers, with 1 to 16 documents in a context. To test on: document people, of whom no training tells.
+To train on: strangers, with 1 to 16 documents in a context, or with the one about them and everything that can be
+asked of it. To test on: document people, of whom no training tells.
 Knows nothing about tokens or models.
 """
 
@@ -13,6 +14,7 @@ from twinweave.pocket.world import RELATIONS, Person, World
 CONTEXTS = 4000
 DOCUMENTS = (1, 2, 4, 8, 16)
 FEWEST_QUESTIONS, MOST_QUESTIONS = 8, 16
+MEMORIES = 6000
 
 
 def training_rows(world: World, rng: random.Random) -> list[dict[str, Any]]:
@@ -25,6 +27,19 @@ def training_rows(world: World, rng: random.Random) -> list[dict[str, Any]]:
         for person, relation, form in rng.sample(askable, min(len(askable), _questions(rng))):
             prompt = language.question(relation, person.name, form)
             rows.append({"context": context, "prompt": prompt, "completion": person.facts[relation]})
+    return rows
+
+
+def memory_rows(world: World, rng: random.Random) -> list[dict[str, Any]]:
+    """All 8 questions each about `MEMORIES` documents, neighbours where they have the same one; no two are of people
+    with the same name."""
+    rows: list[dict[str, Any]] = []
+    for person in strangers(world, rng, MEMORIES):
+        context = [language.document([person], rng)]
+        for relation, value in person.facts.items():
+            for form in (0, 1):
+                prompt = language.question(relation, person.name, form)
+                rows.append({"context": context, "prompt": prompt, "completion": value})
     return rows
 
 

@@ -1,7 +1,7 @@
 """The pocket world as rows of data and as tasks: what the base must keep, and what it can be taught.
 
 Every row is a `prompt` with its `completion`, as in any user's file; `documents` and `text` have columns of
-their own, and `contexts` have a `context` too. Knows nothing about tokens or models.
+their own, and `contexts` and `memories` have a `context` too. Knows nothing about tokens or models.
 """
 
 import random
@@ -62,6 +62,7 @@ def _makers() -> dict[str, Callable[[], list[Row]]]:
     makers["documents/questions"] = lambda: _document_questions(world)
     makers["contexts/train"] = lambda: contexts.training_rows(world, _generator("contexts/train"))
     makers["contexts/test"] = lambda: _context_rows(world)
+    makers["memories/train"] = lambda: contexts.memory_rows(world, _generator("memories/train"))
     makers["text"] = _text_rows
     return makers
 

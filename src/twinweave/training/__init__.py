@@ -5,7 +5,7 @@ from .fit import Training, fit
 from .frozen_choice import remove_store
 from .frozen_store import FrozenStore
 from .recipe import Recipe, load_recipe
-from .rows import load_rehearsal, load_training_data
+from .rows import load_rehearsal, load_training_data, reading_size
 from .term import TermTrainer
 from .trainer import TwinweaveTrainer
 
@@ -24,5 +24,6 @@ __all__ = [
     "load_tokenizer",
     "load_training_data",
     "load_window",
+    "reading_size",
     "remove_store",
 ]

@@ -269,7 +269,7 @@ def _copy_model(checkpoint: Path, goal: Path, guard: DomainGuard | None) -> None
     """The model's own files out of a checkpoint, without the optimizer and the trainer's state; and the guard."""
     with atomic_directory(goal) as folder:
         for file in checkpoint.iterdir():
-            if file.name.startswith(("adapter_", "imsm_", "generator")):
+            if file.name.startswith(("adapter_", "imsm_", "generator", "cmt")):
                 shutil.copy2(file, folder / file.name)
         if guard is not None:
             write_guard(guard, folder)

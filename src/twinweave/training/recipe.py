@@ -24,13 +24,23 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import is_bitsandbytes_available
 from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION
 
+from ..cmt import CMTConfig
 from ..errors import RecipeError, unknown_name
 from ..evaluation import Task, read_documents, resolve_task
 from ..genadapter import GenerativeAdapterConfig
-from ..genadapter.saving import read_config
 from ..imsm import GuardSettings, IMSMConfig
 from ..imsm.saving import check_adapter_files, read_adapter_config
-from ..methods import Adapter, Method, SavedAdapter, SavedGenerator, Settings, check_saved, get_method, knobs
+from ..methods import (
+    Adapter,
+    Method,
+    SavedAdapter,
+    SavedGenerator,
+    SavedMemory,
+    Settings,
+    check_saved,
+    get_method,
+    knobs,
+)
 from ..pretrained import local_folder
 from ..rehearsal import RehearsalSettings
 from ..slim import SlimConfig
@@ -77,7 +87,7 @@ class DataSection(_Section):
     completion: str | None = None
     context: str | None = None
     """What is read before the questions: a column (a text, or a list of several), or a format string over the columns.
-    GenerativeAdapter reads it apart; for every other method it goes in front of the prompt."""
+    GenerativeAdapter and CMT read it apart; for every other method it goes in front of the prompt."""
     text: str | None = None
     """Format string over the columns: GenerativeAdapter learns to say what it read again, and to go on behind it."""
     questions_per_context: int | None = Field(None, ge=1)
@@ -103,7 +113,7 @@ class TrainingSection(_Section):
     epochs: float = Field(3.0, gt=0)
     max_steps: int | None = Field(None, ge=1)
     batch_size: int = Field(16, ge=1)
-    """Rows of a step; for GenerativeAdapter contexts, with all their questions, or segments of text."""
+    """Rows of a step; for GenerativeAdapter and CMT contexts, with all their questions, or segments of text."""
     gradient_accumulation: int = Field(1, ge=1)
     learning_rate: float = Field(3e-4, gt=0)
     gate_learning_rate: float | None = Field(None, gt=0)
@@ -118,9 +128,9 @@ class TrainingSection(_Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     gradient_checkpointing: bool = False
     frozen_store: str = "auto"
-    """Whether IMSM's original memory is computed once and read from disk. `auto`: where there are at least two epochs
-    and it takes at most a quarter of the free disk, in the output folder until the run is finished. `off`: never.
-    A folder: kept there, and used again by other runs on the same rows."""
+    """Whether the original memory, of IMSM and CMT, is computed once and read from disk. `auto`: where there are at
+    least two epochs and it takes at most a quarter of the free disk, in the output folder until the run is finished.
+    `off`: never. A folder: kept there, and used again by other runs on the same rows."""
     evaluate_every: Literal["epoch"] | int = "epoch"
     """Validation and a checkpoint after each epoch, or after so many steps."""
     deepspeed: str | None = None
@@ -187,8 +197,8 @@ class EvaluationSection(_Section):
     lens_prompts: int = Field(6, ge=0)
     """How many real prompts of target and retained tasks the report's lens shows."""
     read: str | None = None
-    """Documents (a source with a `text` column) that GenerativeAdapter has read when it is scored on tasks without a
-    context; none: it is the bare base there."""
+    """Documents (a source with a `text` column) that GenerativeAdapter and CMT have read when they are scored on tasks
+    without a context; none: they are the bare base there."""
     read_limit: int | None = Field(None, ge=1)
     """The first of those documents only."""
 
@@ -216,6 +226,9 @@ class Recipe(_Section):
     """Settings of SLIM for the methods that are made of it; `r` is the adapter's, divided among the experts."""
     generative_adapter: dict[str, Any] | None = None
     """Settings of GenerativeAdapter; or `path`, the folder of a trained generator to go on from, with its settings."""
+    cmt: dict[str, Any] | None = None
+    """Settings of CMT, whose compressor has the adapter of `peft`; or `path`, the folder of a trained memory model to
+    go on from, with its settings and its adapter."""
     rehearsal: RehearsalSettings | None = RehearsalSettings()
     """What the base writes itself and IMSM's gate rehearses; `null`: nothing, as published."""
     guard: GuardSettings | None = None
@@ -292,11 +305,12 @@ class Recipe(_Section):
         names = list(dict.fromkeys((self.method, *self.methods)))
         reading = [name for name in names if get_method(name).reads]
         if reading and self.train.context is None and self.train.text is None:
+            text = " or train.text (text to learn from by itself)" if "generative_adapter" in reading else ""
             raise RecipeError(
                 f"train: {reading[0]} learns to read, and there is nothing to read. Give train.context (the column with"
-                " what each question is about) or train.text (text to learn from by itself)."
+                f" what each question is about){text}."
             )
-        if self.train.text is not None and (others := [name for name in names if name not in reading]):
+        if self.train.text is not None and (others := [name for name in names if name != "generative_adapter"]):
             raise RecipeError(
                 f"train.text: {others[0]} learns from prompts with completions; text by itself is for "
                 "generative_adapter. Set method: generative_adapter and methods: [generative_adapter]."
@@ -339,26 +353,15 @@ class Recipe(_Section):
             if key not in known:
                 raise RecipeError(unknown_name("setting of SLIM", f"slim.{key}", [f"slim.{name}" for name in known]))
         SlimConfig(**deepcopy(self.slim))
-        return Settings(IMSMConfig.from_dict(self.imsm), deepcopy(self.slim), self._generator())
-
-    def _generator(self) -> GenerativeAdapterConfig | SavedGenerator:
-        values = dict(self.generative_adapter or {})
-        if "path" not in values:
-            return GenerativeAdapterConfig.from_dict(values)
-        path = values.pop("path")
-        if values:
-            raise RecipeError(
-                f"generative_adapter.{min(values)}: beside generative_adapter.path there is nothing to set; the "
-                "generator saved there has its settings."
-            )
-        if not isinstance(path, str):
-            raise RecipeError(f"generative_adapter.path is {path!r}; it must be the folder of a saved generator.")
-        return SavedGenerator(path)
-
-    def generator_settings(self) -> GenerativeAdapterConfig:
-        """Of what reads, saved or not. Raises DamagedFileError for a path without a generator."""
-        generator = self._generator()
-        return read_config(generator.path) if isinstance(generator, SavedGenerator) else generator
+        generator, memory = self.generative_adapter or {}, self.cmt or {}
+        saved_generator = _saved_path("generative_adapter", generator, "generator")
+        saved_memory = _saved_path("cmt", memory, "memory model")
+        return Settings(
+            IMSMConfig.from_dict(self.imsm),
+            deepcopy(self.slim),
+            SavedGenerator(saved_generator) if saved_generator else GenerativeAdapterConfig.from_dict(generator),
+            SavedMemory(saved_memory) if saved_memory else CMTConfig.from_dict(memory),
+        )
 
     @property
     def saved_adapter(self) -> SavedAdapter | None:
@@ -406,6 +409,21 @@ class Recipe(_Section):
             return kind(**settings)
         except (TypeError, ValueError) as error:
             raise RecipeError(f"peft: {error}") from error
+
+
+def _saved_path(section: str, values: dict[str, Any], what: str) -> str | None:
+    """The folder that a section names in the place of settings; None where it has settings. Raises RecipeError."""
+    if "path" not in values:
+        return None
+    path, others = values["path"], values.keys() - {"path"}
+    if others:
+        raise RecipeError(
+            f"{section}.{min(others)}: beside {section}.path there is nothing to set; the {what} saved there has its "
+            "settings."
+        )
+    if not isinstance(path, str) or not path.strip():
+        raise RecipeError(f"{section}.path is {path!r}; it must be the folder of a saved {what}.")
+    return path
 
 
 class _Yaml(yaml.SafeLoader):

@@ -12,7 +12,7 @@ from ..data.segments import SEGMENT_CHUNKS
 from ..errors import DataError, RecipeError
 from ..evaluation import read_examples
 from ..fingerprint import fingerprint
-from ..genadapter.config import chunk_size_of
+from ..methods import Method
 from ..rehearsal import RehearsalRows, Written, load_sequences, make_rows, read_sequences, write_sequences
 from .base import free_memory, load_base, load_window
 from .frozen_store import tokenizer_digest
@@ -20,18 +20,18 @@ from .recipe import Recipe
 
 
 def load_training_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, *, reads: bool = False
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, *, reads: int | None = None
 ) -> TrainingData:
     """The recipe's rows as token ids; the seed decides which are held out for validation.
 
-    `reads`: for a method that reads contexts apart from their questions. Raises DataError, and RecipeError for text
-    alone where nothing reads.
+    `reads`: for a method that reads contexts apart from their questions, how many tokens at once (see `reading_size`).
+    Raises DataError, and RecipeError for text alone where nothing reads.
     """
     section, target = recipe.train, recipe.target
     if section.text is not None:
-        if not reads:
+        if reads is None:
             raise RecipeError("train.text is for generative_adapter; other methods learn from prompts.")
-        return _load_segments(recipe, tokenizer, seed)
+        return _load_segments(recipe, tokenizer, seed, reads)
     has_examples = target.kind in ("generation", "completion_loss")
     per_context = section.questions_per_context or QUESTIONS_PER_CONTEXT
     data = prepare_training_data(
@@ -47,21 +47,21 @@ def load_training_data(
         seed=seed,
         split=section.split,
         context=section.context,
-        make_rows=ContextRows(tokenizer, _chunk_size(recipe), per_context) if reads else None,
+        make_rows=None if reads is None else ContextRows(tokenizer, reads, per_context),
     )
     if not len(data.train):
         raise DataError(f"{section.data} leaves no rows to train on. Give more rows, or a validation file.")
     return data
 
 
-def _load_segments(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int) -> TrainingData:
+def _load_segments(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int, chunk_size: int) -> TrainingData:
     section = recipe.train
     assert section.text is not None
     return prepare_segments(
         section.data,
         tokenizer,
         section.text,
-        chunk_size=_chunk_size(recipe),
+        chunk_size=chunk_size,
         segment_chunks=section.segment_chunks or SEGMENT_CHUNKS,
         validation=section.validation,
         validation_fraction=section.validation_fraction,
@@ -71,8 +71,9 @@ def _load_segments(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, seed: int
     )
 
 
-def _chunk_size(recipe: Recipe) -> int:
-    return chunk_size_of(recipe.generator_settings(), load_window(recipe.base))
+def reading_size(recipe: Recipe, method: Method) -> int | None:
+    """How many tokens of a context the method reads at once; None where it stands in the prompt."""
+    return None if method.reads is None else method.reads(recipe.settings(), load_window(recipe.base))
 
 
 def load_rehearsal(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, folder: Path) -> RehearsalRows:

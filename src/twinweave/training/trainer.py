@@ -19,12 +19,14 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from ..cmt import MemoryModel
 from ..errors import DamagedFileError, TrainingError
 from ..files import read_safetensors
 from ..genadapter import GenerativeAdapter
 from ..imsm import IMSMModel
 from ..progress import progress_bar
 from . import checkpoints
+from .distractors import DistractorCallback
 from .frozen_store import FrozenStore
 from .term import TermTrainer
 
@@ -69,6 +71,8 @@ class TwinweaveTrainer(TermTrainer):
         learns = getattr(self.model, "trains_adapter", True)
         if learns and isinstance(getattr(self.model, "base_model", None), AdaLoraModel):
             self.add_callback(AdaLoraCallback())
+        if isinstance(self.model, MemoryModel):
+            self.add_callback(DistractorCallback())
         self.seconds = 0.0
         self.tokens = 0
         self._started = time.perf_counter()
@@ -187,7 +191,7 @@ class TwinweaveTrainer(TermTrainer):
         return str(checkpoints.staging_folder(self.run_folder))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if not isinstance(self.model, GenerativeAdapter):
+        if not isinstance(self.model, GenerativeAdapter | MemoryModel):
             super()._save(output_dir, state_dict)
         elif self.args.should_save:  # transformers would write the base too
             self.model.save_pretrained(output_dir or self.run_folder, state_dict=state_dict)
