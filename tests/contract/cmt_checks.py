@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 from transformers import DynamicCache, PreTrainedModel
@@ -21,7 +22,7 @@ from twinweave.cmt import CMTConfig, MemoryModel
 from twinweave.cmt.aggregator import pooled
 from twinweave.cmt.compressor import takes_positions
 from twinweave.cmt.model import Found
-from twinweave.errors import UnsupportedModelError
+from twinweave.errors import DamagedFileError, UnsupportedModelError
 
 from . import architectures
 from .checks import NotApplicable, Result, close, equal, labels_behind, logits_of, said
@@ -248,16 +249,28 @@ def order(subject: Remembering) -> None:
         close(logits_of(model, ids), expected, "logits of memories in another order", 1e-3)
 
 
+def layers_found(subject: Remembering) -> str | None:
+    """There is a layer that the prefix can be put in front of; the note says which, where it is not every one."""
+    shapes, layers = subject.with_memories().prefix.shapes, DynamicCache(config=subject.pristine.config).layers
+    assert shapes
+    carried = [shape.index for shape in shapes]
+    return None if carried == list(range(len(layers))) else f"in layers {carried} of {len(layers)}"
+
+
 def prefix_is_plain(subject: Remembering) -> None:
     """The keys and values of ordinary tokens as the prefix give the logits of those tokens in front of the row, also
     where rows are padded, and in generation."""
     model, base, front = subject.model(), subject.base(), subject.tokens(2, K, seed=40)
     ids = subject.tokens(2, 9)
     give(model, subject.memories(model))
+    carried = [shape.index for shape in model.prefix.shapes]
+    states = any(hasattr(layer, "conv_states") for layer in DynamicCache(config=base.config).layers)
+    if states or carried != list(range(len(DynamicCache(config=base.config).layers))):
+        raise NotApplicable("tokens in front leave more than keys and values")
     cache = DynamicCache()  # of no config, which keeps what has left a sliding window
     with torch.no_grad():
         base(input_ids=front, past_key_values=cache, use_cache=True)
-    pairs = [(layer.keys, layer.values) for layer in cache.layers]
+    pairs = {index: (cache.layers[index].keys, cache.layers[index].values) for index in carried}
     model.prefix.forward = lambda memory: pairs  # type: ignore[method-assign]
 
     def measure(one: Any) -> None:
@@ -468,8 +481,6 @@ def gradients(subject: Remembering) -> None:
 
 
 def _reached_by_peft(subject: Remembering, ids: Tensor) -> set[str]:
-    from peft import get_peft_model
-
     base = subject.base()
     plain = get_peft_model(base, architectures.adapter(base))
     below: Any = decoder.decoder_of(base)
@@ -504,8 +515,33 @@ def checkpointing(subject: Remembering) -> None:
     model.gradient_checkpointing_disable()
     assert called or not blocks, "no block was run again"
     assert found.keys() == expected.keys(), "not the same parameters have gradients"
-    for name, grad in found.items():
-        close(grad, expected[name], f"gradient of {name}", 1e-4)
+    try:
+        for name, grad in found.items():
+            close(grad, expected[name], f"gradient of {name}", 1e-4)
+    except AssertionError as error:
+        if reason := _base_checkpoints_otherwise(subject):
+            raise NotApplicable(f"upstream: the base alone: {reason}") from error
+        raise
+
+
+def _base_checkpoints_otherwise(subject: Remembering) -> str | None:
+    """Why checkpointing changes the gradients of the base by itself."""
+    base, ids, found = subject.base().train(), subject.tokens(2, 7), []
+    for module in base.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    table: Any = base.get_input_embeddings()
+    table.weight.requires_grad_(True)
+    below: Any = decoder.decoder_of(base)
+    try:
+        for _ in range(2):
+            states = below(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)[0]
+            found.append(torch.autograd.grad((states.float() ** 3).sum(), table.weight)[0])
+            base.gradient_checkpointing_enable()
+        close(found[1], found[0], "gradients of embeddings with checkpointing and without", 1e-4)
+    except Exception as error:
+        return said(error)
+    return None
 
 
 def saved(subject: Remembering) -> None:
@@ -514,7 +550,10 @@ def saved(subject: Remembering) -> None:
     memories, expected = subject.memories(model), logits_of(model, ids)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        again = MemoryModel.from_pretrained(folder, subject.base(), is_trainable=True).eval()
+        try:
+            again = MemoryModel.from_pretrained(folder, subject.base(), is_trainable=True).eval()
+        except DamagedFileError as error:
+            raise _lost_by_peft(subject, error) from error
     assert again.fingerprint() == model.fingerprint(), "another fingerprint"
     found = subject.memories(again)
     equal(found, memories, "memories after loading")
@@ -523,8 +562,20 @@ def saved(subject: Remembering) -> None:
     equal(logits_of(again, ids), expected, "logits after loading")
 
 
+def _lost_by_peft(subject: Remembering, error: Exception) -> Exception:
+    base = subject.base()
+    plain = get_peft_model(base, architectures.adapter(base))
+    with tempfile.TemporaryDirectory() as folder:
+        plain.save_pretrained(folder, save_embedding_layers=False)
+        again = PeftModel.from_pretrained(subject.base(), folder).state_dict()
+    own = plain.state_dict()
+    lost = [name for name, tensor in again.items() if "lora_" in name and not torch.equal(tensor, own[name])]
+    return NotApplicable(f"upstream: plain PEFT: {lost[0]} is not what was saved") if lost else error
+
+
 CHECKS: dict[str, Callable[[Remembering], str | None]] = {
     "base runs": base_runs,
+    "layers found": layers_found,
     "empty is the base": empty_is_the_base,
     "memories matter": memories_matter,
     "order": order,

@@ -76,7 +76,7 @@ class MemoryModel(nn.Module):
         shapes = shapes_of(base.requires_grad_(False))
         device = base.device
         self.compressor = Compressor(base, adapter, self.settings.memory_tokens)
-        width = self.compressor.tokens.shape[1]
+        width = self.compressor.width
         self.aggregator = Aggregator(width, self.settings).to(device)
         self.prefix = Prefix(width, self.settings.prefix_rank, shapes).to(device)
         self.distractors = 1.0
@@ -112,7 +112,7 @@ class MemoryModel(nn.Module):
             raise UsageError("This model has no bank. Pass bank=PATH.lance to MemoryModel.from_pretrained.")
         made_by = self.fingerprint()
         if self._bank is None or self._bank.compressor != made_by:
-            shape = (self.settings.memory_tokens, self.compressor.tokens.shape[1])
+            shape = (self.settings.memory_tokens, self.compressor.width)
             self._bank = MemoryBank(self._bank_path, made_by, shape)
         return self._bank
 
@@ -353,6 +353,7 @@ class MemoryModel(nn.Module):
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The base's own, for the compression of documents, whose blocks then run again in the backward pass."""
         self.base.gradient_checkpointing_enable(*args, **kwargs)
+        self.base.disable_input_require_grads()  # the memory tokens carry the gradient, and this hook would stay
 
     def gradient_checkpointing_disable(self) -> None:
         """The base's own."""
