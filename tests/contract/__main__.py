@@ -27,7 +27,7 @@ import transformers
 from twinweave.files import write_json_atomic, write_text_atomic
 from twinweave.progress import say
 
-from . import architectures, checks, genadapter_checks, peft_types, table
+from . import architectures, checks, cmt_checks, genadapter_checks, peft_types, table
 
 # Each grid: the names of its subjects, what makes one of a name, and the module with what they are put to.
 GRIDS: dict[str, tuple[tuple[str, ...], Any, Any]] = {
@@ -36,6 +36,7 @@ GRIDS: dict[str, tuple[tuple[str, ...], Any, Any]] = {
     "peft": (peft_types.TYPES, peft_types.subject, checks),
     "lora": (peft_types.LORAS, peft_types.subject, checks),
     "genadapter": (architectures.NAMES, genadapter_checks.subject, genadapter_checks),
+    "cmt": (architectures.NAMES, cmt_checks.subject, cmt_checks),
 }
 DOCS = Path(__file__).parents[2] / "docs"
 CPU_LIMIT, LIMIT = 150, 900.0  # seconds for one subject: of work, and on the clock

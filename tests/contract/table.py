@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from . import checks, genadapter_checks
+from . import checks, cmt_checks, genadapter_checks
 
 Finding = dict[str, Any]
 TITLES = {
@@ -13,6 +13,7 @@ TITLES = {
     "peft": "PEFT types",
     "lora": "LoRA in its variants",
     "genadapter": "Architectures with a generated adapter",
+    "cmt": "Architectures with memories",
 }
 INTRODUCTION = {
     "architectures": "Every model type in transformers' causal-LM mapping, as a tiny model with random weights, with "
@@ -23,7 +24,9 @@ INTRODUCTION = {
     "lora": "On the same Llama. PiSSA, OLoRA, CorDA and LoRA-GA are compared with PEFT's own in the library's tests: "
     "there the base's weights change, here they do not, and the two agree up to rounding.",
     "genadapter": "The models of the first table with a GenerativeAdapter that is away from its start, put to "
-    f"{len(genadapter_checks.CHECKS)} checks of their own, listed last; with the layers that it adapts by default.",
+    f"{len(genadapter_checks.CHECKS)} checks of their own, listed below; with the layers that it adapts by default.",
+    "cmt": "The models of the first table with a MemoryModel that is away from its start and memories given in a bank's "
+    f"place, put to {len(cmt_checks.CHECKS)} checks of their own, listed last.",
 }
 
 
@@ -73,6 +76,8 @@ def page(found: dict[str, Any], totals: dict[str, int]) -> str:
     lines += _legend("Checks", checks.CHECKS)
     if "genadapter" in found:
         lines += _legend("Checks of generated adapters", genadapter_checks.CHECKS)
+    if "cmt" in found:
+        lines += _legend("Checks of memories", cmt_checks.CHECKS)
     return "\n".join([*lines, ""])
 
 

@@ -59,13 +59,14 @@ class Aggregator(nn.Module):
 
         seen_by: bool [B, N], the memories that a question sees, at least one; None: all.
         """
-        x, seen = self.question_in(question), self.memory_in(memories.flatten(1, 2))
+        dtype = self.question_in.weight.dtype
+        x, seen = self.question_in(question.to(dtype)), self.memory_in(memories.flatten(1, 2).to(dtype))
         bias = self._bias(question, memories)
         if seen_by is not None:
             bias = torch.zeros(seen_by.shape, device=x.device) if bias is None else bias
             bias = bias.masked_fill(~seen_by, float("-inf"))
         if bias is not None:
-            bias = bias.repeat_interleave(memories.shape[2], dim=1)[:, None, None]  # [B, 1, 1, N k]
+            bias = bias.repeat_interleave(memories.shape[2], dim=1)[:, None, None].to(x.dtype)  # [B, 1, 1, N k]
         for block in self.blocks:
             x = block(x, seen, bias)
         return self.out(x)

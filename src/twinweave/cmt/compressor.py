@@ -26,10 +26,14 @@ class Compressor(nn.Module):
         assert decoder is not None
         self.peft = cast(PeftModelForCausalLM, get_peft_model(base, adapter))
         self.takes_positions = takes_positions(decoder)
+        with torch.no_grad():  # there are bases whose embeddings are of another size
+            token = torch.zeros(1, 1, dtype=torch.long, device=base.device)
+            self.width = int(decoder(input_ids=token, use_cache=False)[0].shape[-1])
         self._layers = [m for m in self.peft.modules() if isinstance(m, BaseTunerLayer)]
         embeddings = embeddings_of(base).float()
         start = torch.randn(memory_tokens, embeddings.shape[1], device=embeddings.device)
         self.tokens = nn.Parameter(embeddings.mean(0) + start * embeddings.std(0))
+        self._on = False
         self._switch(on=False)
         self.train(self.training)
 
@@ -52,12 +56,15 @@ class Compressor(nn.Module):
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """The adapter is on within the block."""
+        """The adapter is on within the block, which may be in another one: checkpointed layers are, in the forward
+        pass, and may have layers of their own."""
+        before, self._on = self._on, True
         self._switch(on=True)
         try:
             yield
         finally:
-            self._switch(on=False)
+            self._on = before
+            self._switch(on=before)
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         """The memories [B, k, D] in float32 of texts [B, T], padded on either side."""
@@ -115,9 +122,10 @@ def padded_first(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def embeddings_of(base: PreTrainedModel) -> Tensor:
-    """The input embeddings [V, D]."""
+    """The input embeddings [V, D] as the decoder gets them: there are bases whose embeddings scale what they hold."""
     table: Any = base.get_input_embeddings()
-    return cast(Tensor, table.weight.detach())
+    with torch.no_grad():
+        return cast(Tensor, table(torch.arange(len(table.weight), device=table.weight.device)))
 
 
 def takes_positions(decoder: nn.Module) -> bool:

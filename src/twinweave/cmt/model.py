@@ -27,12 +27,12 @@ from ..text import chunks_of, digest_and_pieces
 from . import saving
 from .aggregator import Aggregator, pooled
 from .bank import Hit, Memory, MemoryBank
-from .checks import check_adapter, check_base
+from .checks import check_adapter, check_base, check_generation
 from .compressor import Compressor, padded_first
 from .config import CMTConfig, chunk_size_of
 from .contrast import ContrastWithoutMemory
 from .objective import contrasted, self_matching
-from .prefix import Prefix, fill, shapes_of, take_cache
+from .prefix import Prefix, fill, setting, shapes_of, take_cache
 from .retrieval import Found, Given, found_for, nearest
 
 IGNORED = -100
@@ -66,7 +66,7 @@ class MemoryModel(nn.Module):
         shapes = shapes_of(base.requires_grad_(False))
         device = base.device
         self.compressor = Compressor(base, adapter, self.settings.memory_tokens)
-        width = self.compressor.tokens.shape[1]
+        width = self.compressor.width
         self.aggregator = Aggregator(width, self.settings).to(device)
         self.prefix = Prefix(width, self.settings.prefix_rank, shapes).to(device)
         self.distractors = 1.0
@@ -103,7 +103,7 @@ class MemoryModel(nn.Module):
             raise UsageError("This model has no bank. Pass bank=PATH.lance to MemoryModel.from_pretrained.")
         made_by = self.fingerprint()
         if self._bank is None or self._bank.compressor != made_by:
-            shape = (self.settings.memory_tokens, self.compressor.tokens.shape[1])
+            shape = (self.settings.memory_tokens, self.compressor.width)
             self._bank = MemoryBank(self._bank_path, made_by, shape)
         return self._bank
 
@@ -216,17 +216,14 @@ class MemoryModel(nn.Module):
         contrast: float,
         options: dict[str, Any],
     ) -> Any:
+        check_generation(self.base, options, contrast)
         generate: Any = self.base.generate
         found = self._retrieved(ids, mask, top_k, where)
         if found is None:
             return generate(input_ids=ids, attention_mask=mask, **options)
-        settings = options.get("generation_config") or self.base.generation_config
-        names = ("num_return_sequences", "num_beams")
-        samples, beams = (options.get(name, getattr(settings, name, None)) or 1 for name in names)
-        copies = max(samples, beams)  # of each row, neighbours in the batch
+        # of each row, neighbours in the batch
+        copies = max(setting(self.base, options, name) or 1 for name in ("num_return_sequences", "num_beams"))
         if contrast:
-            if beams > 1:
-                raise UsageError("contrast cannot be used with beams. Leave num_beams out, or contrast.")
             own = options.pop("logits_processor", None) or []
             first = ContrastWithoutMemory(self.base, ids, mask, contrast, copies)
             options["logits_processor"] = LogitsProcessorList([first, *own])
@@ -278,13 +275,18 @@ class MemoryModel(nn.Module):
         memories = self._compress_documents(context_ids, context_mask)
         question = self.compressor(*self._questions(input_ids, mask, labels, query_mask))
         reads = torch.eye(len(context_ids), device=context_ids.device) if reads is None else reads
+        if reads.shape[1] != len(context_ids) or not len(reads) or len(input_ids) % len(reads):
+            raise UsageError(
+                f"reads is {list(reads.shape)} for {len(context_ids)} documents and {len(input_ids)} rows. Give a line "
+                "for each group of as many rows, with a column for each document."
+            )
         belongs = reads.bool().repeat_interleave(len(input_ids) // len(reads), dim=0)
         memory = self.aggregator(question, memories[None], self._seen_by(belongs))
         with_memory, without, targets = self._logits_at_labels(input_ids, mask, labels, memory, frozen)
         loss = cross_entropy(
             contrasted(with_memory, without, self.settings.memory_aware_weight), targets, reduction="sum"
         )
-        count = len(targets) if num_items_in_batch is None else num_items_in_batch
+        count = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
         loss = loss / count
         if self.settings.self_matching_weight:
             answered = (labels != IGNORED).any(1)  # rows that only fill the batch up ask nothing
@@ -364,6 +366,7 @@ class MemoryModel(nn.Module):
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """The base's own, for the compression of documents, whose blocks then run again in the backward pass."""
         self.base.gradient_checkpointing_enable(*args, **kwargs)
+        self.base.disable_input_require_grads()  # the memory tokens carry the gradient, and this hook would stay
 
     def gradient_checkpointing_disable(self) -> None:
         """The base's own."""
@@ -520,6 +523,9 @@ class MemoryModel(nn.Module):
 
     def _in_front(self, inputs: dict[str, Any], memory: Tensor, having: Tensor | None = None) -> dict[str, Any]:
         """The inputs of the base for rows with a prefix in front of them; `having`: bool [B], which rows have one."""
+        for name in ("past_key_values", "position_ids"):
+            if inputs.get(name) is not None:
+                raise UsageError(f"{name} cannot be given: the memories come in front of it. Use generate().")
         cache = DynamicCache(config=self.base.config)
         fill(cache, self.prefix(memory), self.base.dtype)
         mask = self._with_prefix(inputs["attention_mask"], having)
