@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 import tiny_runs
+from twinweave.cli.evaluate import evaluate
+from twinweave.cli.generate import generate
 from twinweave.cli.shared import open_run
 from twinweave.cmt import CMTConfig, MemoryModel
 from twinweave.compare import check_recipe, compare, train
@@ -271,3 +273,25 @@ def test_adapters_that_a_compressor_cannot_have(world):
         recipe = load_recipe(values_of(world, peft=peft))
         with pytest.raises(UnsupportedModelError):
             get_method("cmt").build(load_base(recipe.base), recipe.adapter(), settings)
+
+
+def test_gradient_checkpointing_changes_no_number(world, tmp_path):
+    for on in (True, False):
+        values = values_of(world, training={"gradient_checkpointing": on, "max_steps": 2})
+        run(load_recipe(values), tmp_path / str(on))
+    with_it, without = (weights(tmp_path / str(on)) for on in (True, False))
+    for name, tensor in with_it.items():
+        torch.testing.assert_close(tensor, without[name], atol=1e-4, rtol=1e-3)
+
+
+def test_a_run_is_asked_and_scored_from_the_command_line(world, tmp_path, capsys):
+    train(load_recipe(values_of(world, training={"max_steps": 1}, output=str(tmp_path / "run"))))
+    capsys.readouterr()
+    evaluate(tmp_path / "run", json=tmp_path / "scores.json")
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    scored = json.loads((tmp_path / "scores.json").read_text())
+    assert scored["asked"]["metrics"] == pytest.approx(results["runs"][0]["target"]["asked"])
+    generate(tmp_path / "run", "a copy ?", max_new_tokens=3)
+    assert "no bank is open here, so the base answers" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(UsageError, match="is a memory model"):
+        generate(tmp_path / "run", "a copy ?", max_new_tokens=3, memory="original")
