@@ -121,8 +121,7 @@ def test_only_the_nearest_are_used_and_few_are_all_used(memory, tokenizer):
 
 def test_what_cannot_be_given(memory, tokenizer):
     made = memory.compress(["a b c d"])
-    for given in ([made], [made, made[:0]]):
-        with pytest.raises(UsageError, match="at least one for each row"), memory.answering_from(given):
-            memory.generate(["a", "b"], max_new_tokens=1)
+    with pytest.raises(UsageError, match="some for each row"), memory.answering_from([made]):
+        memory.generate(["a", "b"], max_new_tokens=1)
     with pytest.raises(UsageError, match="where"), memory.answering_from(made):
         memory.generate("a", where={"year": 1}, max_new_tokens=1)

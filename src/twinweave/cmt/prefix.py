@@ -49,8 +49,8 @@ def shapes_of(base: PreTrainedModel) -> list[LayerShape]:
         if not known or keys.ndim != 4 or keys.shape[2] > _TOKENS:
             raise UnsupportedModelError(
                 f"Layer {index} of {type(base).__name__} keeps more than a key and a value for each token "
-                f"({type(layer).__name__}), so no memory can be put in front of what it reads. Use a base with ordinary "
-                "attention."
+                f"({type(layer).__name__}), so no memory can be put in front of what it reads. Use a base with "
+                "ordinary attention."
             )
         scales = (keys.float().std().item(), values.float().std().item())
         shapes.append(LayerShape(index, keys.shape[1], keys.shape[3], values.shape[3], *scales))
@@ -73,8 +73,8 @@ def _filled(base: PreTrainedModel) -> Cache:
             base(input_ids=part, past_key_values=other, use_cache=True)
     except Exception as error:  # whatever a base's own code says
         raise UnsupportedModelError(
-            f"{type(base).__name__} does not go on from keys and values in a cache ({error!r}), so no memory can be put "
-            "in front of what it reads."
+            f"{type(base).__name__} does not go on from keys and values in a cache ({error!r}), so no memory can be "
+            "put in front of what it reads."
         ) from error
     return cache
 
