@@ -123,7 +123,7 @@ class MemoryBank:
         while asked:
             cut = []
             for number, rows in zip(asked, self._nearest(table, keys[asked], limit, condition), strict=True):
-                ranked = hits_of(rows, keys[number], self.shape)
+                ranked = hits_of(rows, keys[number])
                 if len(ranked) >= limit and ranked[-1][0] == ranked[top_k - 1][0]:
                     cut.append(number)  # of many that are equally near LanceDB gives any
                 found[number] = [hit_of(hit, self.shape) for hit in ranked[:top_k]]

@@ -1,4 +1,4 @@
-"""What a bank's table holds: a row for each memory, as Arrow takes it and gives it. Knows nothing about where it lies."""
+"""What a bank's table holds: a row for each memory, as Arrow has it. Knows nothing about where it lies."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -120,7 +120,7 @@ def as_arrow(rows: Sequence[dict[str, Any]], schema: Any) -> Any:
     return pa.table(columns, schema=schema)
 
 
-def hits_of(found: Any, question: Tensor, shape: tuple[int, int]) -> list[tuple[float, str, int, dict[str, Any]]]:
+def hits_of(found: Any, question: Tensor) -> list[tuple[float, str, int, dict[str, Any]]]:
     """The rows found for a question [D], the most similar first, as (-similarity, id, part, row).
 
     The cosine is computed here, in double precision and by rows alone, so that it does not depend on how they were
