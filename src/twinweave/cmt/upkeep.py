@@ -12,7 +12,7 @@ _UNINDEXED = 0.05  # the share of the memories that the index may lack; every se
 _CELL = 1_600  # memories in a cell of the index
 _CELLS = 512
 _PROBED = 64  # cells that are looked into at least, and a third of more; a memory in them takes 16 nanoseconds
-_REFINED = 8  # so many times as many memories as are asked for are compared by their whole keys
+_REFINED = 32  # so many times as many memories as are asked for are compared by their whole keys
 _FILES = 64  # files of one change each, from which on they are put together if half of the bank is in them
 _MANY_FILES = 1_024  # and whatever there is in them
 
