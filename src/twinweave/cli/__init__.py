@@ -21,6 +21,7 @@ from .env import env
 from .evaluate import evaluate
 from .forget import forget
 from .generate import generate
+from .memory import memory
 from .methods import methods
 from .read import read
 from .report import report
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 for _command in (demo, train, compare, evaluate, generate, read, forget, report, validate, tasks, methods, env):
     app.command()(_command)
+app.add_typer(memory, name="memory")
 
 
 # No space, over quota, too large, no permission, read-only, a file for a folder: only the user can do something.
@@ -64,7 +66,7 @@ def main() -> None:
 
 def _goes_on() -> bool:
     """Whether the command that was called keeps what it has done so far when it is stopped."""
-    return sys.argv[1:2] in (["demo"], ["train"], ["compare"])
+    return sys.argv[1:2] in (["demo"], ["train"], ["compare"]) or sys.argv[1:3] == ["memory", "add"]
 
 
 def _say_error(message: str) -> None:

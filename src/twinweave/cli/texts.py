@@ -1,11 +1,16 @@
-"""What `read` and `forget` are given, as texts with the name that a user knows each by. Knows nothing about models."""
+"""What `read`, `forget` and `memory add` are given, as texts with the name that a user knows each by.
+
+Knows nothing about models.
+"""
 
 import io
+import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import typer
 
@@ -46,6 +51,63 @@ def documents_of(arguments: Iterable[str]) -> list[Document]:
     return list(found.values())
 
 
+def bytes_of(arguments: Iterable[str]) -> int:
+    """The size of what `stream_of` reads, without standard input. Raises UsageError for a path that is not there, so
+    that nothing is begun."""
+    return sum(file.stat().st_size for argument in arguments for file in _stored(argument))
+
+
+def stream_of(arguments: Iterable[str]) -> Iterator[tuple[str | Path, str | None, dict[str, Any], int]]:
+    """The documents of files, folders, JSONL files (one on each line: `text`, an `id` if it has one, and the rest is
+    metadata) and `-` (standard input), one at a time: the text or its file, its id, metadata, and its bytes.
+
+    A file's id is its path. Raises DataError for a text that is missing, empty or not UTF-8, with its place.
+    """
+    for argument in arguments:
+        if argument == "-":
+            text = _decoded(typer.get_binary_stream("stdin").read(), "standard input")
+            _digest("standard input", text)
+            yield text, None, {"source": "standard input"}, 0
+        for file in _stored(argument):
+            if file.suffix.lower() == ".jsonl":
+                yield from _lines_of(file)
+            else:
+                _digest(str(file), file)
+                name = argument if str(file) == str(Path(argument)) else str(file)
+                yield file, name, {"source": name}, file.stat().st_size
+
+
+def _stored(argument: str) -> list[Path]:
+    if argument == "-":
+        return []
+    path = Path(argument)
+    if path.is_dir():
+        return _files_in(path, (*_ENDINGS, ".jsonl"))
+    if not path.is_file():
+        raise UsageError(f"There is no file or folder '{argument}'. Check the path; - is standard input.")
+    return [path]
+
+
+def _lines_of(file: Path) -> Iterator[tuple[str, str | None, dict[str, Any], int]]:
+    with file.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place = f"{file}, line {number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:
+                raise DataError(f"{place} is no JSON ({error}). Mend it, and run the command again.") from error
+            text = row.pop("text", None) if isinstance(row, dict) else None
+            if not isinstance(text, str):
+                raise DataError(f'{place} has no text. Give {{"text": "...", "id": "..."}} on each line.')
+            name = row.pop("id", None)
+            if isinstance(name, bool) or not isinstance(name, str | int | None):
+                raise DataError(f"{place} has the id {name!r}. Give a text, or leave it out.")
+            _digest(place, text)
+            yield text, None if name is None else str(name), row, len(line)
+
+
 def _sources(argument: str) -> list[tuple[str, str | Path]]:
     if argument == "-":
         name = "standard input"
@@ -73,11 +135,11 @@ def _sources(argument: str) -> list[tuple[str, str | Path]]:
     return [(name, argument)]
 
 
-def _files_in(folder: Path) -> list[Path]:
+def _files_in(folder: Path, endings: tuple[str, ...] = _ENDINGS) -> list[Path]:
     hidden = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    files = sorted(p for p in hidden if p.suffix.lower() in _ENDINGS and p.is_file())
+    files = sorted(p for p in hidden if p.suffix.lower() in endings and p.is_file())
     if not files:
-        raise DataError(f"The folder {folder} has no {' or '.join(_ENDINGS)} file. Name the files themselves.")
+        raise DataError(f"The folder {folder} has no {' or '.join(endings)} file. Name the files themselves.")
     return files
 
 

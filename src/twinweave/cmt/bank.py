@@ -4,74 +4,57 @@ Knows nothing about models. Every change is one version of the table, whole or n
 killed, finds whole documents only.
 """
 
-import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
 from ..errors import BaseMismatchError, DamagedFileError, UnsupportedModelError, UsageError
+from . import upkeep
+from .conditions import all_of, one_of, sql_of
+from .rows import Hit, Memory, as_arrow, gone, hit_of, hits_of, json, made_by, rows_of, schema_of
 
-INDEXED_FROM = 20_000
-"""Memories from which on an index is kept: below, looking at every key takes milliseconds."""
-_UNINDEXED = 0.1  # the share of new memories that the index may lack, which every search looks at one by one
-_FRAGMENTS = 64  # files of one change each that are put together
-_PROBED = 1 / 3  # the share of the index's cells that are looked into
-_LISTED = 500  # ids or digests that one query names
-_WAIT = 60.0  # seconds for another writer to finish
-_OF_A_HIT = ["id", "part", "metadata", "memory", "_distance"]
-_NOT_A_BLOCK = ["id", "part", "parts", "digest", "tokens", "metadata", "compressor"]
+Where = str | Mapping[str, Any]
 
-
-@dataclass(frozen=True)
-class Memory:
-    """One memory: part `part` of the `parts` of a document that has `tokens` tokens in it.
-
-    key [D]: what it is found by, of length 1. block [k, D]: the memory itself, kept in bfloat16.
-    """
-
-    id: str
-    digest: str
-    key: Tensor
-    block: Tensor
-    part: int = 0
-    parts: int = 1
-    tokens: int = 0
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Hit:
-    """A memory that was found for a question. similarity: the cosine of their keys."""
-
-    id: str
-    part: int
-    similarity: float
-    metadata: dict[str, Any]
-    block: Tensor = field(repr=False)
+_WAIT = 300.0  # seconds for another writer to finish
+_MORE = 4  # memories beyond those asked for, to see whether the last ones are equally near
+_CACHED = 128 << 20  # bytes of the index that stay in memory, and as many of what is known about files
+_OF_A_HIT = ["id", "part", "metadata", "key", "memory", "_distance"]
+_OF_A_DOCUMENT = ["id", "parts", "tokens", "digest", "metadata"]
+_NAME = re.compile(r"[A-Za-z0-9_.-]+\.lance")
+_PLACE_IN_SOURCE = re.compile(r", \S+\.rs:\d+:\d+")
 
 
 class MemoryBank:
     """The bank at `path`, a folder that ends in `.lance` (or a place on an object store that LanceDB knows).
 
-    `compressor`: the fingerprint of what makes its memories; those of another are refused. `shape`: (k, D). Nothing is
-    written before the first `add`.
+    `compressor`: the fingerprint of what makes its memories; those of another are refused. `shape`: (k, D). Without
+    them the bank is opened for whatever has made it. Nothing is written before the first `add`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], compressor: str, shape: tuple[int, int]) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        compressor: str | None = None,
+        shape: tuple[int, int] | None = None,
+    ) -> None:
         self.path, self.compressor, self.shape = os.fspath(path).rstrip("/"), compressor, shape
-        folder, _, name = self.path.rpartition("/")
-        if not name.endswith(".lance") or name == ".lance":
-            raise UsageError(f"The bank {self.path!r} is no name of a bank. Let it end in .lance, such as bank.lance.")
-        self._name = name.removesuffix(".lance")
         self._local = "://" not in self.path
+        # by its whole path, since the working directory may change
+        place = os.path.abspath(os.path.expanduser(self.path)) if self._local else self.path
+        self._folder, _, name = place.rpartition("/")
+        if not _NAME.fullmatch(name):
+            raise UsageError(
+                f"The bank {self.path!r} is no name of a bank. Let it have letters from a to z, digits, _, - and dots, "
+                "and end in .lance, such as bank.lance."
+            )
+        self.place, self._name = place, name.removesuffix(".lance")
         try:
             import lancedb
         except ImportError as error:
@@ -79,11 +62,9 @@ class MemoryBank:
                 "A bank of memories is a table of LanceDB, which is not installed. Install it: "
                 "pip install 'twinweave[memory]'"
             ) from error
-        # every read looks for a newer version, since another process may write
-        self._folder = folder or ("." if not self.path.startswith("/") else "/")
-        self._connect = lambda: lancedb.connect(self._folder, read_consistency_interval=timedelta(0))
+        self._lancedb = lancedb
         self._table: Any = None
-        self._check()
+        self._open()
 
     # --- reading ----------------------------------------------------------------------------------------------------
 
@@ -92,9 +73,14 @@ class MemoryBank:
         return self._count("part = 0")
 
     @property
+    def exists(self) -> bool:
+        """Whether there is a bank yet."""
+        return self._open() is not None
+
+    @property
     def memories(self) -> int:
         """The number of memories: a long document has several."""
-        return self._count(None)
+        return self._count("parts > 0")
 
     def ids_of(self, digests: Sequence[str]) -> dict[str, str]:
         """Those of the texts that are in the bank: SHA-256 -> id."""
@@ -104,120 +90,144 @@ class MemoryBank:
         """Those of the documents that are in the bank: id -> SHA-256 of its text."""
         return {row["id"]: row["digest"] for row in self._rows_with("id", ids)}
 
-    def documents(self, where: str | Mapping[str, Any] | None = None, limit: int | None = None) -> list[dict[str, Any]]:
-        """Facts about each document, in the order of their ids: id, parts, tokens (of its first part), digest and
-        metadata. See `search` for `where`."""
+    def documents(self, where: Where | None = None, limit: int | None = None) -> Iterator[dict[str, Any]]:
+        """Facts about each document, in the order of their ids: id, parts, tokens, digest and metadata.
+
+        `where`: see `search`. Raises UsageError for a condition that cannot be read.
+        """
         table = self._open()
         if table is None:
-            return []
-        query = table.search().where(_all_of("part = 0", sql_of(where))).select(_NOT_A_BLOCK)
-        rows = self._run(lambda: query.limit(limit or max(table.count_rows(), 1)).to_list())
-        return [_readable(row) for row in sorted(rows, key=lambda row: row["id"])]
+            return
+        from lancedb.query import ColumnOrdering
 
-    def search(self, keys: Tensor, top_k: int, where: str | Mapping[str, Any] | None = None) -> list[list[Hit]]:
+        condition = sql_of(where)
+        query = table.search().where(all_of("part = 0", condition)).select(_OF_A_DOCUMENT)
+        query = query.order_by([ColumnOrdering(column_name="id", ascending=True)])
+        with self._errors(condition):
+            for batch in (query if limit is None else query.limit(limit)).to_batches():
+                for row in batch.to_pylist():
+                    yield row | {"metadata": json.loads(row["metadata"])}
+
+    def search(self, keys: Tensor, top_k: int, where: Where | None = None) -> list[list[Hit]]:
         """For each key [B, D] the `top_k` memories nearest to it, the nearest first; fewer in a smaller bank.
 
         where: only documents with this metadata: {"source": "a.md", "year": [2024, 2025]}, or a condition of
         LanceDB's SQL. Raises UsageError for one that cannot be read.
         """
-        table = self._open()
-        if table is None or not table.count_rows():
-            return [[] for _ in keys]
-        condition = sql_of(where)
-        indexed = next((index for index in table.list_indices() if "key" in index.columns), None)
-        found = []
-        for key in keys.float().cpu().numpy():
-            query = table.search(key).distance_type("cosine").limit(top_k)
-            if indexed is not None:
-                query = query.nprobes(self._probes(table))
-            if condition:
-                query = query.where(condition, prefilter=True)
-            rows = self._run(lambda query=query: query.select(_OF_A_HIT).to_arrow().to_pylist())
-            # memories that are equally near come in the order of their names, whenever they were added
-            rows.sort(key=lambda row: (row["_distance"], row["id"], row["part"]))
-            found.append([self._hit(row) for row in rows])
+        condition, table = sql_of(where), self._open()
+        found: list[list[Hit]] = [[] for _ in keys]
+        if table is None:
+            return found
+        assert self.shape is not None
+        keys, limit, asked = keys.detach().float().cpu(), top_k + _MORE, list(range(len(keys)))
+        while asked:
+            cut = []
+            for number, rows in zip(asked, self._nearest(table, keys[asked], limit, condition), strict=True):
+                ranked = hits_of(rows, keys[number])
+                if len(ranked) >= limit and ranked[-1][0] == ranked[top_k - 1][0]:
+                    cut.append(number)  # of many that are equally near LanceDB gives any
+                found[number] = [hit_of(hit, self.shape) for hit in ranked[:top_k]]
+            asked, limit = cut, limit * 8
         return found
 
     def versions(self) -> list[dict[str, Any]]:
-        """The states that can be restored, oldest first: version, when it was written, and its number of memories."""
+        """The states that can be restored, oldest first: version, when it was written, and its number of memories.
+
+        Those of the last week are kept.
+        """
         table = self._open()
-        listed = [] if table is None else table.list_versions()
         return [
             {"version": v["version"], "written": v["timestamp"], "memories": int(v["metadata"]["total_rows"])}
-            for v in listed
+            for v in (table.list_versions() if table is not None else ())
         ]
 
     def stats(self) -> dict[str, Any]:
-        """Numbers of documents, memories and tokens, bytes on disk, the version, and whether there is an index."""
+        """Numbers of documents, memories and tokens, bytes on disk (of all versions), the version, the compressor, and
+        the index with the number of memories in it."""
         table = self._open()
-        if table is None:
-            return {"documents": 0, "memories": 0, "bytes": 0, "version": None, "indexed": 0}
-        indices = [index for index in table.list_indices() if "key" in index.columns]
-        indexed = table.index_stats(indices[0].name).num_indexed_rows if indices else 0
-        size = sum(file.stat().st_size for file in Path(self.path).rglob("*") if file.is_file()) if self._local else 0
-        return {
+        facts: dict[str, Any] = {
             "documents": len(self),
             "memories": self.memories,
-            "bytes": size,
-            "version": table.version,
-            "indexed": indexed,
+            "tokens": 0,
+            "bytes": 0,
+            "version": None,
         }
+        facts |= {"compressor": self.compressor, "index": None, "indexed": 0}
+        if table is None:
+            return facts
+        index = upkeep.index_of(table)
+        if index is not None:
+            facts |= {"index": index.index_type, "indexed": index.num_indexed_rows}
+        tokens = table.search().where("part = 0").select(["tokens"]).to_batches()
+        facts["tokens"] = sum(sum(batch["tokens"].to_pylist()) for batch in tokens)
+        facts["bytes"] = _size_of(Path(self.place)) if self._local else None
+        return facts | {"version": table.version}
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def add(self, memories: Sequence[Memory]) -> None:
         """Add documents, all in one change, each with all its parts. A document whose id is there is replaced.
 
-        Raises DamagedFileError where the bank cannot be written.
+        Raises UsageError for part of a document, and DamagedFileError where the bank cannot be written.
         """
         if not memories:
             return
-        rows = self._arrow(memories)
-        with self.writing():
-            table = self._open() or self._create()
-            ids = sorted({memory.id for memory in memories})
-            known = self._rows_with("id", ids)
-            if not known:
-                self._run(lambda: table.add(rows))
-            else:
-                gone = " OR ".join(f"id IN ({_listed(part)})" for part in _in_parts(ids))
+        if self.compressor is None or self.shape is None:
+            raise UsageError(f"There is no bank at {self.path}. Say whose memories it shall hold.")
+        rows, schema = rows_of(memories, self.compressor, self.shape), schema_of(self.compressor, self.shape)
+        parts = {memory.id: memory.parts for memory in memories}
+        with self.writing(), self._errors():
+            table = self._open() or self._create(schema)
+            before = {row["id"]: row["parts"] for row in self._rows_with("id", list(parts))}
+            left = [
+                gone(name, part, self.compressor)
+                for name, count in before.items()
+                for part in range(parts[name], count)
+            ]
+            if before:
+                # rows that are no longer any memory's are marked by the change itself: a merge that deletes rows would
+                # read the whole bank into memory
                 merge = table.merge_insert(["id", "part"]).when_matched_update_all().when_not_matched_insert_all()
-                self._run(lambda: merge.when_not_matched_by_source_delete(gone).execute(rows))
-            self._tidy(table)
+                merge.execute(as_arrow(rows + left, schema), on_bad_vectors="null")
+                if left:
+                    table.delete("parts = 0")
+            else:
+                table.add(as_arrow(rows, schema))
+            upkeep.tidy(table)
 
     def remove(self, ids: Sequence[str]) -> list[str]:
         """Take documents out, all in one change; the ids that were there."""
-        with self.writing():
-            table = self._open()
+        if not self.exists:
+            return []
+        with self.writing(), self._errors():
             there = sorted({row["id"] for row in self._rows_with("id", list(ids))})
             if there:
-                self._run(lambda: table.delete(" OR ".join(f"id IN ({_listed(part)})" for part in _in_parts(there))))
+                self._open().delete(" OR ".join(one_of("id", there)))
         return there
 
     def restore(self, version: int) -> None:
         """Make the bank what it was at that version, as a new version. Raises UsageError for one that is not there."""
         known = [v["version"] for v in self.versions()]
         if version not in known:
-            raise UsageError(
-                f"The bank {self.path} has no version {version}; it has {', '.join(map(str, known[-10:])) or 'none'}."
-            )
-        with self.writing():
-            self._run(lambda: self._open().restore(version))
+            has = f"those from {known[0]} to {known[-1]} that `versions` lists" if known else "none"
+            raise UsageError(f"The bank {self.path} has no version {version}; it has {has}.")
+        with self.writing(), self._errors():
+            self._open().restore(version)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
         """Only one process writes at a time; the others wait."""
-        if not self._local:
-            with nullcontext():
-                yield
+        if not self._local:  # there LanceDB itself refuses the second of two changes at the same time
+            yield
             return
-        Path(self.path).parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{self.path}.lock", timeout=_WAIT)
+        Path(self._folder).mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{self.place}.lock", timeout=_WAIT)
         try:
             lock.acquire()
         except Timeout as error:
             raise UsageError(
-                f"Another process has been writing to {self.path} for a minute. Wait until it is done, or stop it."
+                f"Another process has been writing to {self.path} for {_WAIT / 60:.0f} minutes. Wait until it is done, "
+                "or stop it."
             ) from error
         try:
             yield
@@ -228,160 +238,95 @@ class MemoryBank:
 
     def _open(self) -> Any:
         """The table, or None where there is none yet."""
-        if self._table is None and (not self._local or Path(self.path).is_dir()):
+        # a process that was killed while it made the table leaves a folder without a version
+        if self._table is None and (not self._local or (Path(self.place) / "_versions").is_dir()):
             try:
-                self._table = self._connect().open_table(self._name)
-            except (ValueError, FileNotFoundError) as error:  # LanceDB's for a table that is not there
+                table = self._connect().open_table(self._name)
+            except (ValueError, RuntimeError, OSError) as error:
                 if not self._local:
                     return None
                 raise DamagedFileError(
                     f"{self.path} is no bank that can be opened ({_line(error)}). Choose another place."
                 ) from error
+            self._check(table)
+            self._table = table
         return self._table
 
-    def _create(self) -> Any:
-        self._table = self._run(lambda: self._connect().create_table(self._name, schema=self._schema()))
+    def _connect(self) -> Any:
+        session = self._lancedb.Session(index_cache_size_bytes=_CACHED, metadata_cache_size_bytes=_CACHED)
+        # every read looks for a newer version, since another process may write
+        return self._lancedb.connect(self._folder or "/", read_consistency_interval=timedelta(0), session=session)
+
+    def _create(self, schema: Any) -> Any:
+        if self._local and Path(self.place).is_dir():
+            ours = {"data", "_transactions", "_versions", "_indices", "_deletions", "_refs", "model.json"}
+            if strange := sorted(p.name for p in Path(self.place).iterdir() if p.name not in ours):
+                raise UsageError(f"{self.path} holds {strange[0]} and is no bank. Choose another place.")
+        self._table = self._connect().create_table(self._name, schema=schema)
         return self._table
 
-    def _schema(self) -> Any:
-        import pyarrow as pa
-
-        k, width = self.shape
-        return pa.schema(
-            [
-                pa.field("id", pa.string(), nullable=False),
-                pa.field("part", pa.int32(), nullable=False),
-                pa.field("parts", pa.int32()),
-                pa.field("digest", pa.string(), nullable=False),
-                pa.field("tokens", pa.int32()),
-                pa.field("metadata", pa.json_()),
-                pa.field("compressor", pa.string(), nullable=False),
-                pa.field("key", pa.list_(pa.float32(), width)),
-                pa.field("memory", pa.binary(k * width * 2)),  # bfloat16
-            ]
-        )
-
-    def _arrow(self, memories: Sequence[Memory]) -> Any:
-        import pyarrow as pa
-
-        schema = self._schema()
-        columns: dict[str, Any] = {name: [getattr(m, name) for m in memories] for name in ("id", "part", "parts")}
-        columns["digest"] = [m.digest for m in memories]
-        columns["tokens"] = [m.tokens for m in memories]
-        columns["metadata"] = pa.array([_json(m.metadata) for m in memories], pa.json_())
-        columns["compressor"] = [self.compressor] * len(memories)
-        keys = torch.stack([m.key for m in memories]).float().cpu().contiguous()
-        columns["key"] = pa.FixedSizeListArray.from_arrays(pa.array(keys.flatten().numpy()), self.shape[1])
-        blocks = [m.block.to("cpu", torch.bfloat16).contiguous().view(torch.uint8) for m in memories]
-        columns["memory"] = pa.array([block.numpy().tobytes() for block in blocks], schema.field("memory").type)
-        return pa.table(columns, schema=schema)
-
-    def _hit(self, row: dict[str, Any]) -> Hit:
-        block = torch.frombuffer(bytearray(row["memory"]), dtype=torch.bfloat16).view(self.shape).float()
-        return Hit(row["id"], row["part"], 1 - row["_distance"], json.loads(row["metadata"]), block)
-
-    def _count(self, condition: str | None) -> int:
-        table = self._open()
-        return 0 if table is None else int(self._run(lambda: table.count_rows(condition)))
-
-    def _rows_with(self, column: str, values: Sequence[str]) -> list[dict[str, Any]]:
-        """id and digest of the documents with one of these values."""
-        table = self._open()
-        rows: list[dict[str, Any]] = []
-        for part in _in_parts(values) if table is not None else ():
-            condition = f"part = 0 AND {column} IN ({_listed(part)})"
-            query = table.search().where(condition).select(["id", "digest"])
-            rows += self._run(lambda query=query: query.limit(max(table.count_rows(), 1)).to_list())
-        return rows
-
-    def _check(self) -> None:
-        """Raise BaseMismatchError for a bank that another compressor has written."""
-        table = self._open()
-        if table is None:
-            return
-        expected = self._schema()
-        if set(table.schema.names) != set(expected.names):
+    def _check(self, table: Any) -> None:
+        """Raise BaseMismatchError for another compressor's bank; where none is known, its own is taken."""
+        found = made_by(table.schema)
+        if found is None:
             raise DamagedFileError(f"{self.path} is another table of LanceDB, and no bank. Choose another place.")
-        first = self._run(lambda: table.search().select(["compressor"]).limit(1).to_list())
-        fits = all(table.schema.field(name).type == expected.field(name).type for name in ("key", "memory"))
-        if not fits or (first and first[0]["compressor"] != self.compressor):
-            wrote = first[0]["compressor"] if first else "one of other sizes"
+        if self.compressor is None:
+            self.compressor, self.shape = found
+        if found != (self.compressor, self.shape):
             raise BaseMismatchError(
-                f"The bank {self.path} was written by another compressor ({wrote}) than this one ({self.compressor}). "
-                "Load the model that wrote it, or start another bank and add the documents again."
+                f"The bank {self.path} was written by another compressor ({found[0]}) than this one "
+                f"({self.compressor}). Load the model that wrote it, or start another bank and add the documents again."
             )
 
-    def _tidy(self, table: Any) -> None:
-        """Put many small files together, and keep the index up to date once there is one or it pays."""
-        count = table.count_rows()
-        index = next((index for index in table.list_indices() if "key" in index.columns), None)
-        unindexed = 0 if index is None else table.index_stats(index.name).num_unindexed_rows
-        fragments = table.stats()["fragment_stats"]["num_fragments"]
-        if index is None and count >= INDEXED_FROM:
-            self._make_index(table)
-        elif unindexed > _UNINDEXED * count or fragments > _FRAGMENTS:
-            self._run(table.optimize)
+    def _nearest(self, table: Any, keys: Tensor, limit: int, condition: str | None) -> list[Any]:
+        """For each key [B, D] the rows of the memories nearest to it, as tables of Arrow."""
+        query = table.search(keys.numpy(), vector_column_name="key").distance_type("cosine").limit(limit)
+        with self._errors(condition):
+            query = upkeep.with_index(query, upkeep.index_of(table))
+            if condition:
+                query = query.where(condition, prefilter=True)
+            found = query.select(_OF_A_HIT).to_arrow()
+        if "query_index" not in found.column_names:
+            return [found]
+        import pyarrow.compute as pc
 
-    def _make_index(self, table: Any) -> None:
-        from lancedb.index import IvfFlat
+        return [found.filter(pc.equal(found["query_index"], number)) for number in range(len(keys))]
 
-        self._run(lambda: table.create_index("key", config=IvfFlat(distance_type="cosine", num_partitions=None)))
+    def _count(self, condition: str) -> int:
+        table = self._open()
+        with self._errors():
+            return 0 if table is None else int(table.count_rows(condition))
 
-    def _probes(self, table: Any) -> int:
-        return max(8, round(_PROBED * table.count_rows() ** 0.5))
+    def _rows_with(self, column: str, values: Sequence[str]) -> list[dict[str, Any]]:
+        """id, digest and parts of the documents with one of these values."""
+        table = self._open()
+        rows: list[dict[str, Any]] = []
+        for condition in one_of(column, values) if table is not None else ():
+            query = table.search().where(all_of("part = 0", condition)).select(["id", "digest", "parts"])
+            with self._errors():
+                rows += query.to_arrow().to_pylist()
+        return rows
 
-    def _run(self, action: Any) -> Any:
-        """What the action gives; LanceDB's errors in our words."""
+    @contextmanager
+    def _errors(self, condition: str | None = None) -> Iterator[None]:
+        """LanceDB's errors in our words; `condition`: one that the user gave."""
         try:
-            return action()
+            yield
         except (ValueError, RuntimeError, OSError) as error:
-            if isinstance(error, ValueError) and "where" in str(error).lower():
-                raise UsageError(f"The condition on the metadata cannot be read ({_line(error)}).") from error
+            if condition and (isinstance(error, ValueError) or "filter" in str(error) or "ecution error" in str(error)):
+                raise UsageError(f"The condition {condition} cannot be used ({_line(error)}).") from error
             raise DamagedFileError(f"The bank {self.path} could not be used ({_line(error)}).") from error
 
 
-def sql_of(where: str | Mapping[str, Any] | None) -> str | None:
-    """A condition on metadata as LanceDB's SQL: every key has the value, or one of the values of a list."""
-    if where is None or isinstance(where, str):
-        return where or None
-    parts = []
-    for key, value in where.items():
-        values = value if isinstance(value, list | tuple | set) else [value]
-        parts.append(f"json_extract(metadata, {_quoted(_path_of(key))}) IN ({_listed([_json(v) for v in values])})")
-    return " AND ".join(parts) or None
-
-
-def _path_of(key: str) -> str:
-    return f'$."{key}"'
-
-
-def _all_of(*conditions: str | None) -> str:
-    return " AND ".join(f"({condition})" for condition in conditions if condition)
-
-
-def _listed(values: Sequence[str]) -> str:
-    return ", ".join(_quoted(value) for value in values)
-
-
-def _quoted(text: str) -> str:
-    return "'" + text.replace("'", "''") + "'"
-
-
-def _in_parts(values: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(values), _LISTED):
-        yield values[start : start + _LISTED]
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True)
-
-
-def _readable(row: dict[str, Any]) -> dict[str, Any]:
-    return {
-        **{name: row[name] for name in ("id", "parts", "tokens", "digest")},
-        "metadata": json.loads(row["metadata"]),
-    }
+def _size_of(folder: Path) -> int:
+    size = 0
+    for file in folder.rglob("*"):
+        try:
+            size += file.stat().st_size if file.is_file() else 0
+        except FileNotFoundError:  # whoever writes may put files together meanwhile
+            continue
+    return size
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return _PLACE_IN_SOURCE.sub("", " ".join(str(error).split()))[:300]

@@ -9,8 +9,9 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig
@@ -26,7 +27,7 @@ from ..fingerprint import fingerprint
 from ..text import chunks_of, digest_and_pieces
 from . import saving
 from .aggregator import Aggregator, pooled
-from .bank import Hit, Memory, MemoryBank
+from .bank import MemoryBank, Where
 from .checks import check_adapter, check_base, check_generation
 from .compressor import Compressor, padded_first
 from .config import CMTConfig, chunk_size_of
@@ -34,10 +35,20 @@ from .contrast import ContrastWithoutMemory
 from .objective import contrasted, self_matching
 from .prefix import Prefix, fill, setting, shapes_of, take_cache
 from .retrieval import Found, Given, found_for, nearest
+from .rows import Hit, Memory, json_of
 
 IGNORED = -100
 Text = str | os.PathLike[str]
-Where = str | Mapping[str, Any]
+_AT_ONCE = 16  # texts of one pass of the compressor
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What became of a document: the id it has in the bank, and how many of its tokens were compressed."""
+
+    id: str
+    outcome: Literal["added", "known", "replaced"]
+    tokens: int
 
 
 class MemoryModel(nn.Module):
@@ -129,13 +140,19 @@ class MemoryModel(nn.Module):
         for what, given in (("ids", names), ("metadata", told)):
             if given is not None and len(given) != len(texts):
                 raise UsageError(f"{what} has {len(given)} entries for {len(texts)} documents. Give one for each.")
-        if names is not None and (bad := next((n for n in names if not isinstance(n, str) or not n.strip()), None)):
-            raise UsageError(f"{bad!r} is no id. Give each document a name that is a text.")
-        found: list[str] = []
-        for start in range(0, len(texts), batch_size):
-            part = slice(start, start + batch_size)
-            found += self._memorize(texts[part], names and names[part], told and told[part], batch_size)
-        return found
+        rows = zip(texts, names or [None] * len(texts), told or [{}] * len(texts), strict=True)
+        return [entry.id for entries in self.memorizing(rows, batch_size) for entry in entries]
+
+    def memorizing(
+        self, documents: Iterable[tuple[Text, str | None, Mapping[str, Any]]], batch_size: int = 64
+    ) -> Iterator[list[Entry]]:
+        """Memorize a stream of (document, id or None, metadata), what became of each of a batch at a time.
+
+        A batch is in the bank, by one change, when it is yielded; no more than a batch is held. See `memorize`.
+        """
+        stream = iter(documents)
+        while batch := list(islice(stream, batch_size)):
+            yield self._memorize(batch)
 
     def forget(self, ids: str | Iterable[str]) -> list[str]:
         """Take documents out of the bank; the ids that were there."""
@@ -441,32 +458,49 @@ class MemoryModel(nn.Module):
 
     # --- the parts --------------------------------------------------------------------------------------------------
 
-    def _memorize(
-        self, texts: Sequence[Any], names: Sequence[str] | None, told: Sequence[Any] | None, batch_size: int
-    ) -> list[str]:
-        """One change of the bank: those of the texts that are not in it, with all their parts."""
-        read = [self._read(text) for text in texts]
-        digests = [digest for digest, _ in read]
-        there = self.bank.ids_of(digests)
+    def _memorize(self, batch: Sequence[tuple[Text, str | None, Mapping[str, Any]]]) -> list[Entry]:
+        """One change of the bank: those of the documents that are not in it, with all their parts, as if one came after
+        the other."""
+        for _, name, metadata in batch:
+            if name is not None and (not isinstance(name, str) or not name.strip()):
+                raise UsageError(f"{name!r} is no id. Give each document a name that is a text.")
+            json_of(metadata)
+        read = [self._read(text) for text, *_ in batch]
+        name_of = self.bank.ids_of([digest for digest, _ in read])
+        names = [name or digest[:16] for (_, name, _), (digest, _) in zip(batch, read, strict=True)]
+        digest_of = self.bank.digests_of(list({*names, *name_of.values()}))
         new: dict[str, int] = {}
-        found = []
-        for number, digest in enumerate(digests):
-            name = there.get(digest) or (names[number] if names else digest[:16])
-            if digest not in there:
-                there[digest] = name
-                new[name] = number  # of two texts under one name the later stays, as in two calls
-            found.append(name)
+        entries = []
+        for number, (name, (digest, parts)) in enumerate(zip(names, read, strict=True)):
+            if digest in name_of:
+                entries.append(Entry(name_of[digest], "known", 0))
+                continue
+            before = digest_of.get(name)
+            if before is not None:
+                name_of.pop(before, None)  # whoever brings that text again brings something new
+            entries.append(Entry(name, "added" if before is None else "replaced", sum(map(len, parts))))
+            digest_of[name], name_of[digest], new[name] = digest, name, number
+        self.bank.add(self._compressed_documents(batch, read, new))
+        return entries
+
+    def _compressed_documents(
+        self,
+        batch: Sequence[tuple[Text, str | None, Mapping[str, Any]]],
+        read: Sequence[tuple[str, list[list[int]]]],
+        new: Mapping[str, int],
+    ) -> list[Memory]:
+        """The memories of those of the documents that `new` names."""
         rows = [(name, number, part, ids) for name, number in new.items() for part, ids in enumerate(read[number][1])]
+        rows.sort(key=lambda row: len(row[-1]))  # those of a pass are about as long as each other
         memories: list[Memory] = []
-        for start in range(0, len(rows), batch_size):
-            group = rows[start : start + batch_size]
-            ids, mask = self._padded([ids for *_, ids in group])
-            blocks = self._compressed(ids, mask)
-            for (name, number, part, ids_of_part), block, key in zip(group, blocks, pooled(blocks), strict=True):
-                memory = Memory(name, digests[number], key, block, part, len(read[number][1]), len(ids_of_part))
-                memories.append(replace(memory, metadata=told[number]) if told else memory)
-        self.bank.add(memories)
-        return found
+        for start in range(0, len(rows), _AT_ONCE):
+            group = rows[start : start + _AT_ONCE]
+            blocks = self._compressed(*self._padded([ids for *_, ids in group]))
+            for (name, number, part, _), block, key in zip(group, blocks, pooled(blocks), strict=True):
+                digest, parts = read[number]
+                tokens = sum(map(len, parts))
+                memories.append(Memory(name, digest, key, block, part, len(parts), tokens, batch[number][2]))
+        return memories
 
     def _read(self, text: Text) -> tuple[str, list[list[int]]]:
         """SHA-256 of a text, and the token ids of its parts."""

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from twinweave.pocket.tasks import TASKS, names, retained_tasks, rows
 
-__all__ = ["TASKS", "base_dir", "demo_recipe", "names", "reader_dir", "retained_tasks", "rows"]
+__all__ = ["TASKS", "base_dir", "demo_recipe", "memory_dir", "names", "reader_dir", "retained_tasks", "rows"]
 
 
 def base_dir() -> Path:
@@ -15,6 +15,11 @@ def base_dir() -> Path:
 def reader_dir() -> Path:
     """The shipped generator of adapters for the shipped base, as GenerativeAdapter.from_pretrained finds it."""
     return Path(__file__).parent / "reader"
+
+
+def memory_dir() -> Path:
+    """The shipped memory model for the shipped base, as MemoryModel.from_pretrained finds it."""
+    return Path(__file__).parent / "memory"
 
 
 def demo_recipe() -> Path:

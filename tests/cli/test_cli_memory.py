@@ -1,0 +1,285 @@
+"""`twinweave memory`: what was added is answered from, whole, whoever is killed or reads meanwhile."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import AutoModelForCausalLM
+
+from twinweave import CMTConfig, MemoryModel
+from twinweave.cli import main
+from twinweave.cmt import MemoryBank
+from twinweave.pocket import base_dir, rows
+
+TEXTS = [row["text"] for row in rows("documents")[:60]]
+QUESTION = rows("documents/questions")[0]["prompt"]
+SETTINGS = CMTConfig(
+    memory_tokens=2, aggregator_layers=1, aggregator_heads=2, aggregator_head_size=8, prefix_rank=8, top_k=3
+)
+
+
+def make_model(folder, seed=0):
+    """A memory model with random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        base = AutoModelForCausalLM.from_pretrained(base_dir(), dtype=torch.float32)
+        adapter = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+        MemoryModel(base, SETTINGS, adapter).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    make_model(folder / "run" / "best")
+    make_model(folder / "other", seed=1)
+    return folder
+
+
+@pytest.fixture
+def work(models, tmp_path, monkeypatch):
+    """A working directory with texts in it; `pocket` is the model with random weights."""
+    for number, text in enumerate(TEXTS[:3]):
+        (tmp_path / f"{number}.txt").write_text(text)
+    (tmp_path / "notes" / "deeper").mkdir(parents=True)
+    (tmp_path / "notes" / "b.md").write_text(TEXTS[3])
+    (tmp_path / "notes" / "deeper" / "a.txt").write_text(TEXTS[4] * 200)
+    lines = [{"text": TEXTS[5], "id": "five", "year": 2024, "tags": ["x"]}, {"text": TEXTS[6]}, {"text": TEXTS[0]}]
+    (tmp_path / "more.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("twinweave.pocket.memory_dir", lambda: models / "run")
+    return tmp_path
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    """Run `twinweave memory ARGUMENTS`; returns (exit code, stdout, stderr)."""
+
+    def run(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "argv", ["twinweave", "memory", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        return end.value.code or 0, out, err
+
+    return run
+
+
+def done(result):
+    code, out, err = result
+    assert code == 0, err
+    return out
+
+
+def failed(result, exit_code, *words):
+    code, _, err = result
+    assert code == exit_code, err
+    for word in words:
+        assert word in err
+    assert "Traceback" not in err
+
+
+def listed(path="memory.lance"):
+    return {d["id"]: d for d in MemoryBank(path).documents()}
+
+
+def test_documents_are_added_asked_listed_and_forgotten(work, call, models):
+    out = done(call("add", "0.txt", "notes", "more.jsonl", "-", stdin=TEXTS[7].encode()))
+    assert "6 added, 0 replaced, 1 known before; 6 in all" in out
+    assert "documents/s" in out
+    assert "tokens/s" in out
+    found = listed()
+    assert {"0.txt", "notes/b.md", "notes/deeper/a.txt", "five"} < set(found)
+    assert found["five"]["metadata"] == {"year": 2024, "tags": ["x"]}
+    assert found["0.txt"]["metadata"] == {"source": "0.txt"}
+    assert found["notes/deeper/a.txt"]["parts"] > 1
+
+    model = MemoryModel.from_pretrained(models / "run" / "best", bank="memory.lance")
+    answer = model.generate(QUESTION, max_new_tokens=64, do_sample=False)
+    assert done(call("ask", QUESTION)).strip() == answer.strip()
+    shown = done(call("ask", QUESTION, "--show", "--top-k", 2, "--max-new-tokens", 4, "--where", "year=2024"))
+    assert "five" in shown
+    assert "0.txt" not in shown
+    assert "five" in done(call("list", "--where", "year=2024"))
+    assert "five" not in done(call("list", "--where", 'year="2024"'))
+    assert "the first 2 are shown" in done(call("list", "--limit", 2))
+
+    before = max(v["version"] for v in MemoryBank("memory.lance").versions())
+    assert "2 taken out; 4 left" in done(call("forget", "five", "0.txt"))
+    failed(call("forget", "five", "0.txt"), 2, "no document five, 0.txt")
+    assert set(listed()) == set(found) - {"five", "0.txt"}
+    assert str(before) in done(call("versions"))
+    done(call("restore", before))
+    assert listed() == found
+    said = done(call("stats"))
+    assert "documents: 6" in said
+    assert str(models / "run") in said or "pocket" in said
+
+
+def test_the_same_again_adds_nothing_and_another_text_replaces(work, call):
+    done(call("add", "0.txt", "1.txt"))
+    assert "0 added, 0 replaced, 2 known before; 2 in all" in done(call("add", "0.txt", "1.txt"))
+    (work / "0.txt").write_text(TEXTS[9])
+    (work / "copy.txt").write_text(TEXTS[0])
+    assert "1 added, 1 replaced, 1 known before; 3 in all" in done(call("add", "0.txt", "1.txt", "copy.txt"))
+    assert set(listed()) == {"0.txt", "1.txt", "copy.txt"}
+
+
+def test_the_bank_remembers_its_model(work, call, models):
+    done(call("add", "0.txt", "--model", models / "other", "--bank", "b.lance"))
+    assert json.loads((work / "b.lance" / "model.json").read_text())["model"] == str(models / "other")
+    done(call("ask", QUESTION, "--bank", "b.lance", "--max-new-tokens", 2))
+    failed(call("add", "1.txt", "--model", "pocket", "--bank", "b.lance"), 1, "another compressor")
+    assert set(listed("b.lance")) == {"0.txt"}
+
+
+def test_what_cannot_be_done_is_said_and_nothing_is_written(work, call):
+    failed(call("add", "none.txt"), 2, "There is no file or folder 'none.txt'")
+    failed(call("add", "0.txt", "--bank", "memory"), 2, "no name of a bank")
+    failed(call("add", "0.txt", "--model", "nowhere"), 2, "There is no memory model in nowhere")
+    (work / "empty.txt").write_text(" \n")
+    failed(call("add", "empty.txt"), 1, "empty.txt")
+    for line in ('{"text": 1}', "[1]", "{", '{"text": " "}', '{"text": "a", "id": [1]}'):
+        (work / "bad.jsonl").write_text(json.dumps({"text": TEXTS[1]}) + "\n" + line)
+        failed(call("add", "bad.jsonl"), 1, "bad.jsonl, line 2")
+    for command in (["ask", QUESTION], ["list"], ["forget", "a"], ["stats"], ["versions"], ["restore", "1"]):
+        failed(call(*command), 2, "There is no bank at memory.lance")
+    assert not (work / "memory.lance").exists()
+    done(call("add", "0.txt"))
+    failed(call("restore", 99), 2, "no version 99")
+    failed(call("list", "--where", "year"), 2, "--where year")
+    failed(call("ask", " "), 2, "no question")
+
+
+# --- other processes --------------------------------------------------------------------------------------------------
+
+
+def start(code, *arguments):
+    """A process of its own with the tests' path, and one thread."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+# `memory add` with batches of a few documents, so that there are many moments to be killed at
+ADD = """
+import sys, itertools
+from twinweave.cmt import model
+from twinweave.cli import main
+whole = model.MemoryModel.memorizing
+model.MemoryModel.memorizing = lambda self, documents, batch_size=4: whole(self, documents, 4)
+sys.argv = ["twinweave", "memory", "add", *sys.argv[1:]]
+print("begun", flush=True)
+main()
+"""
+
+
+def is_whole(path):
+    """Every document of the bank has all its parts; their number."""
+    bank = MemoryBank(path)
+    if not bank.exists:
+        return 0
+    documents = list(bank.documents())
+    assert bank.memories == sum(d["parts"] for d in documents)
+    assert len({d["digest"] for d in documents}) == len(documents)
+    return len(documents)
+
+
+@pytest.mark.slow
+def test_whoever_is_killed_leaves_whole_documents_and_the_same_command_does_the_rest(models, tmp_path):
+    file, bank = tmp_path / "all.jsonl", tmp_path / "bank.lance"
+    texts = [text * (1 + 60 * (n % 5 == 0)) for n, text in enumerate(TEXTS)]
+    file.write_text("".join(json.dumps({"text": text, "id": f"d{n}"}) + "\n" for n, text in enumerate(texts)))
+    counts = []
+    for moment in range(4):
+        process = start(ADD, file, "--bank", bank, "--model", models / "other")
+        deadline = time.monotonic() + 120
+        while is_whole(bank) < 8 * (moment + 1) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(random.Random(moment).random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        counts.append(is_whole(bank))
+    assert counts == sorted(counts)
+    assert 0 < counts[0] < len(texts)
+    process = start(ADD, file, "--bank", bank, "--model", models / "other")
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    assert f"{len(texts) - counts[-1]} added, 0 replaced, {counts[-1]} known before; {len(texts)} in all" in out
+    assert is_whole(bank) == len(texts)
+
+
+READ = """
+import sys, torch
+from twinweave.cmt import MemoryBank
+print("begun", flush=True)
+rounds = 0
+while rounds < 400:
+    bank = MemoryBank(sys.argv[1])
+    for hits in bank.search(torch.randn(2, 16, generator=torch.Generator().manual_seed(rounds)), 50):
+        kinds = {}
+        for hit in hits:
+            assert (hit.block == hit.metadata["stamp"]).all()
+            kinds.setdefault(hit.id, []).append((hit.part, hit.metadata["stamp"], hit.metadata["parts"]))
+        for parts in kinds.values():
+            assert len({stamp for _, stamp, _ in parts}) == 1, "parts of two versions"
+            assert sorted(part for part, *_ in parts) == list(range(parts[0][2])), "part of a document"
+    rounds += 1
+    if "ready" in bank.digests_of(["ready"]):
+        break
+print(rounds)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_read_whole_documents_while_one_writes(tmp_path):
+    from twinweave.cmt import upkeep
+    from twinweave.cmt.rows import Memory
+
+    bank = MemoryBank(tmp_path / "bank.lance", "maker", (2, 16))
+
+    def write(stamp):
+        documents = []
+        for name in ("a", "b", "c"):
+            parts = 1 + (stamp + ord(name)) % 5
+            facts = {"stamp": stamp % 100, "parts": parts}
+            block = torch.full((2, 16), float(stamp % 100))
+            keys = torch.randn(parts, 16)
+            documents += [Memory(name, f"{name}{stamp}", keys[p], block, p, parts, 1, facts) for p in range(parts)]
+        bank.add(documents)
+
+    write(0)
+    files, upkeep._FILES = upkeep._FILES, 8  # files are put together meanwhile, too
+    readers = [start(READ, bank.path) for _ in range(2)]
+    try:
+        for reader in readers:
+            assert reader.stdout.readline().strip() == "begun"
+        for stamp in range(1, 40):
+            write(stamp)
+            if stamp % 7 == 0:
+                bank.remove(["b"])
+        block = torch.zeros(2, 16)
+        bank.add([Memory("ready", "ready", torch.ones(16), block, 0, 1, 1, {"stamp": 0, "parts": 1})])
+        for reader in readers:
+            out, err = reader.communicate(timeout=100)
+            assert reader.returncode == 0, err
+            assert int(out) >= 1
+    finally:
+        upkeep._FILES = files
+        for reader in readers:
+            reader.kill()
+
+
+def test_every_command_has_help_with_an_example(call):
+    for command in ("add", "ask", "list", "forget", "stats", "versions", "restore"):
+        assert f"twinweave memory {command}" in done(call(command, "--help"))
