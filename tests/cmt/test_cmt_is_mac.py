@@ -108,9 +108,7 @@ def test_answers_are_those_of_mac(make_memory, make_base, tokenizer, texts, tmp_
         )
         if arch == "gemma3" and row == 1:
             continue  # padding between prefix and question moves the prefix out of its window of four sooner
-        torch.testing.assert_close(
-            torch.stack(found.logits)[:, row], expected[len(asked) - 1 :], rtol=1e-3, atol=2e-3
-        )
+        torch.testing.assert_close(torch.stack(found.logits)[:, row], expected[len(asked) - 1 :], rtol=1e-3, atol=2e-3)
 
 
 @torch.no_grad()

@@ -23,9 +23,11 @@ def test_round_trip(make_memory, make_base, tmp_path, step, texts, tokenizer, tr
     )
     assert again.training == trainable
     assert any(p.requires_grad for p in again.parameters()) == trainable
-    assert again.settings == model.settings and again.fingerprint() == model.fingerprint()
+    assert again.settings == model.settings
+    assert again.fingerprint() == model.fingerprint()
     own, found = model.state_dict(), again.state_dict()
-    assert own.keys() == found.keys() and all(torch.equal(found[n], own[n]) for n in own)
+    assert own.keys() == found.keys()
+    assert all(torch.equal(found[n], own[n]) for n in own)
     with torch.no_grad():
         assert torch.equal(again.eval()(**step()).loss, model(**step()).loss)
     assert again.generate("who?", max_new_tokens=3) == model.generate("who?", max_new_tokens=3)

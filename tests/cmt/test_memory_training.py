@@ -164,7 +164,9 @@ def test_rows_that_only_fill_a_batch_up_count_for_nothing(make_memory, step):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "ia3", "adalora", "oft", "loha", "vera", "ln_tuning"])
-def test_other_adapters_compress_and_leave_the_base_alone(make_memory, make_base, make_peft, tokens, step, kind, tmp_path):
+def test_other_adapters_compress_and_leave_the_base_alone(
+    make_memory, make_base, make_peft, tokens, step, kind, tmp_path
+):
     model, ids = make_memory(adapter=make_peft(kind)), tokens(2, 9)
     with torch.no_grad():
         assert torch.equal(model.base(input_ids=ids).logits, make_base()(input_ids=ids).logits)

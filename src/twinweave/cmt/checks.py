@@ -62,4 +62,6 @@ def check_generation(base: PreTrainedModel, options: dict[str, Any], contrast: f
     if contrast and (setting(base, options, "num_beams") or 1) > 1:
         raise UsageError("contrast cannot be used with beams. Leave num_beams out, or contrast.")
     if ahead := next((name for name in _AHEAD if setting(base, options, name)), None):
-        raise UsageError(f"{ahead} cannot be used with memories: what guesses ahead takes them for tokens. Leave it out.")
+        raise UsageError(
+            f"{ahead} cannot be used with memories: what guesses ahead takes them for tokens. Leave it out."
+        )
