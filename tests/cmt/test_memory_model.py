@@ -123,7 +123,8 @@ def test_adding_changes_no_older_row(make_memory, tmp_path, texts):
     after = {hit.id: hit for hit in model.bank.search(key, 10)[0]}
     assert len(after) == 4
     for name, hit in before.items():
-        assert torch.equal(hit.block, after[name].block) and hit.similarity == after[name].similarity
+        assert torch.equal(hit.block, after[name].block)
+        assert hit.similarity == after[name].similarity
 
 
 def test_a_row_does_not_depend_on_its_batch(given, arch, tokens):

@@ -25,8 +25,8 @@ INTRODUCTION = {
     "there the base's weights change, here they do not, and the two agree up to rounding.",
     "genadapter": "The models of the first table with a GenerativeAdapter that is away from its start, put to "
     f"{len(genadapter_checks.CHECKS)} checks of their own, listed below; with the layers that it adapts by default.",
-    "cmt": "The models of the first table with a MemoryModel that is away from its start and memories given in a bank's "
-    f"place, put to {len(cmt_checks.CHECKS)} checks of their own, listed last.",
+    "cmt": "The models of the first table with a MemoryModel that is away from its start and memories given in a "
+    f"bank's place, put to {len(cmt_checks.CHECKS)} checks of their own, listed last.",
 }
 
 

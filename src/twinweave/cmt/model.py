@@ -336,7 +336,7 @@ class MemoryModel(nn.Module):
             logits = self.base(**inputs).logits[0].float()
         finally:
             handle.remove()
-        with_memory, without = logits.split(len(rows))
+        with_memory, without = logits[: len(rows)], logits[len(rows) :]
         return with_memory, without.detach(), labels[rows, columns + 1]
 
     @torch.no_grad()
