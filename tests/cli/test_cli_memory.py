@@ -2,10 +2,9 @@
 
 import io
 import json
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
 import sys
 import time
 
@@ -14,9 +13,11 @@ import torch
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM
 
+import bank_processes
 from twinweave import CMTConfig, MemoryModel
 from twinweave.cli import main
-from twinweave.cmt import MemoryBank
+from twinweave.cmt import MemoryBank, upkeep
+from twinweave.cmt.rows import Memory
 from twinweave.pocket import base_dir, rows
 
 TEXTS = [row["text"] for row in rows("documents")[:60]]
@@ -164,24 +165,12 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(work, call):
 # --- other processes --------------------------------------------------------------------------------------------------
 
 
-def start(code, *arguments):
-    """A process of its own with the tests' path, and one thread."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, arguments)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-# `memory add` with batches of a few documents, so that there are many moments to be killed at
-ADD = """
-import sys, itertools
-from twinweave.cmt import model
-from twinweave.cli import main
-whole = model.MemoryModel.memorizing
-model.MemoryModel.memorizing = lambda self, documents, batch_size=4: whole(self, documents, 4)
-sys.argv = ["twinweave", "memory", "add", *sys.argv[1:]]
-print("begun", flush=True)
-main()
-"""
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that need not import everything again."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["twinweave.cli"])
+    return context
 
 
 def is_whole(path):
@@ -196,86 +185,68 @@ def is_whole(path):
 
 
 @pytest.mark.slow
-def test_whoever_is_killed_leaves_whole_documents_and_the_same_command_does_the_rest(models, tmp_path):
-    file, bank = tmp_path / "all.jsonl", tmp_path / "bank.lance"
-    texts = [text * (1 + 60 * (n % 5 == 0)) for n, text in enumerate(TEXTS)]
+def test_whoever_is_killed_leaves_whole_documents_and_the_same_command_does_the_rest(models, tmp_path, processes):
+    file, bank, said = tmp_path / "all.jsonl", tmp_path / "bank.lance", tmp_path / "said.txt"
+    texts = [text * (1 + 20 * (n % 5 == 0)) for n, text in enumerate(TEXTS)]
     file.write_text("".join(json.dumps({"text": text, "id": f"d{n}"}) + "\n" for n, text in enumerate(texts)))
     counts = []
-    for moment in range(4):
-        process = start(ADD, file, "--bank", bank, "--model", models / "other")
-        deadline = time.monotonic() + 120
-        while is_whole(bank) < 8 * (moment + 1) and process.poll() is None and time.monotonic() < deadline:
+    for moment in range(3):
+        process = processes.Process(target=bank_processes.add, args=(file, bank, models / "other", said))
+        process.start()
+        while is_whole(bank) < 8 * (moment + 1) and process.is_alive():
             time.sleep(0.01)
-        time.sleep(random.Random(moment).random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
+        time.sleep(random.Random(moment).random() * 0.2)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
         counts.append(is_whole(bank))
     assert counts == sorted(counts)
     assert 0 < counts[0] < len(texts)
-    process = start(ADD, file, "--bank", bank, "--model", models / "other")
-    out, err = process.communicate(timeout=200)
-    assert process.returncode == 0, err
-    assert f"{len(texts) - counts[-1]} added, 0 replaced, {counts[-1]} known before; {len(texts)} in all" in out
+    process = processes.Process(target=bank_processes.add, args=(file, bank, models / "other", said))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    expected = f"{len(texts) - counts[-1]} added, 0 replaced, {counts[-1]} known before; {len(texts)} in all"
+    assert expected in said.read_text()
     assert is_whole(bank) == len(texts)
 
 
-READ = """
-import sys, torch
-from twinweave.cmt import MemoryBank
-print("begun", flush=True)
-rounds = 0
-while rounds < 400:
-    bank = MemoryBank(sys.argv[1])
-    for hits in bank.search(torch.randn(2, 16, generator=torch.Generator().manual_seed(rounds)), 50):
-        kinds = {}
-        for hit in hits:
-            assert (hit.block == hit.metadata["stamp"]).all()
-            kinds.setdefault(hit.id, []).append((hit.part, hit.metadata["stamp"], hit.metadata["parts"]))
-        for parts in kinds.values():
-            assert len({stamp for _, stamp, _ in parts}) == 1, "parts of two versions"
-            assert sorted(part for part, *_ in parts) == list(range(parts[0][2])), "part of a document"
-    rounds += 1
-    if "ready" in bank.digests_of(["ready"]):
-        break
-print(rounds)
-"""
-
-
 @pytest.mark.slow
-def test_two_processes_read_whole_documents_while_one_writes(tmp_path):
-    from twinweave.cmt import upkeep
-    from twinweave.cmt.rows import Memory
-
+def test_two_processes_read_whole_documents_while_one_writes(tmp_path, processes, monkeypatch):
+    monkeypatch.setattr(upkeep, "_FILES", 8)  # files are put together meanwhile, too
     bank = MemoryBank(tmp_path / "bank.lance", "maker", (2, 16))
 
-    def write(stamp):
+    def write(stamp, names=("a", "b", "c")):
         documents = []
-        for name in ("a", "b", "c"):
-            parts = 1 + (stamp + ord(name)) % 5
-            facts = {"stamp": stamp % 100, "parts": parts}
-            block = torch.full((2, 16), float(stamp % 100))
-            keys = torch.randn(parts, 16)
+        for name in names:
+            parts = 1 + (stamp + ord(name[0])) % 5
+            facts = {"stamp": stamp, "parts": parts}
+            block, keys = torch.full((2, 16), float(stamp)), torch.randn(parts, 16)
             documents += [Memory(name, f"{name}{stamp}", keys[p], block, p, parts, 1, facts) for p in range(parts)]
         bank.add(documents)
 
     write(0)
-    files, upkeep._FILES = upkeep._FILES, 8  # files are put together meanwhile, too
-    readers = [start(READ, bank.path) for _ in range(2)]
+    begun, rounds = [processes.Event() for _ in range(2)], [processes.Value("i", 0) for _ in range(2)]
+    readers = [
+        processes.Process(target=bank_processes.read, args=(bank.path, started, count))
+        for started, count in zip(begun, rounds, strict=True)
+    ]
     try:
-        for reader in readers:
-            assert reader.stdout.readline().strip() == "begun"
-        for stamp in range(1, 40):
+        for reader, started in zip(readers, begun, strict=True):
+            reader.start()
+            assert started.wait(100)
+        before = [count.value for count in rounds]
+        for stamp in range(1, 30):
             write(stamp)
             if stamp % 7 == 0:
                 bank.remove(["b"])
-        block = torch.zeros(2, 16)
-        bank.add([Memory("ready", "ready", torch.ones(16), block, 0, 1, 1, {"stamp": 0, "parts": 1})])
+        meanwhile = [count.value for count in rounds]
+        write(1, ["ready"])
         for reader in readers:
-            out, err = reader.communicate(timeout=100)
-            assert reader.returncode == 0, err
-            assert int(out) >= 1
+            reader.join(100)
+            assert reader.exitcode == 0
+        assert all(now > then for now, then in zip(meanwhile, before, strict=True))
     finally:
-        upkeep._FILES = files
         for reader in readers:
             reader.kill()
 

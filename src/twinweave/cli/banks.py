@@ -34,7 +34,7 @@ class ModelRecord:
     def write(self, bank: MemoryBank) -> None:
         """Remember this in the bank's folder; paths become whole ones."""
         record = ModelRecord(_lasting(self.model) or self.model, _lasting(self.base), self.dtype)
-        if read_record(bank) != record:
+        if "://" not in bank.place and read_record(bank) != record:  # on an object store --model says it each time
             write_json_atomic(Path(bank.place) / RECORD_NAME, asdict(record))
 
 
