@@ -62,7 +62,9 @@ def given(make_memory: Any) -> Callable[..., MemoryModel]:
 
         def retrieved(ids: Any, mask: Any, *_: Any) -> Any:
             seen = torch.ones(len(ids), memories, dtype=torch.bool)
-            return Found(model._compressed(ids, mask), blocks[None].expand(len(ids), -1, -1, -1), seen, seen.any(1))
+            return Found(
+                model.reader.compressed(ids, mask), blocks[None].expand(len(ids), -1, -1, -1), seen, seen.any(1)
+            )
 
         model._retrieved = retrieved
         return model

@@ -85,7 +85,7 @@ def test_answers_are_those_of_mac(make_memory, make_base, tokenizer, texts, tmp_
     model = make_memory(arch, bank=tmp_path / "bank.lance", memory_aware_weight=0.0, self_matching_weight=0.0)
     model.memorize(texts)
     questions = ["where was ada born?", "what has bob"]
-    ids, mask = model._encode(questions)
+    ids, mask = model.reader.questions(questions)
     assert mask[1, 0] == 0, "the shorter one is padded"
     found = model.generate(
         input_ids=ids,

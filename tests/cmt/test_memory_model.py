@@ -1,6 +1,7 @@
 """What an answer depends on, and what it leaves as it was."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -75,11 +76,9 @@ def test_an_exception_leaves_nothing_behind(given, make_base, tokens, step, wher
     if where == "checkpointing":
         model.gradient_checkpointing_enable()
         modes = {n: m.training for n, m in model.train().named_modules()}
+    run = partial(model.generate, input_ids=ids, **OPTIONS) if where in ("compression", "answer") else None
     with pytest.raises(KeyboardInterrupt):
-        if where in ("compression", "answer"):
-            model.generate(input_ids=ids, **OPTIONS)
-        else:
-            model(**step())
+        run() if run else model(**step())
     handle.remove()
     model.gradient_checkpointing_disable()
     assert hooks_of(model) == before
@@ -107,7 +106,7 @@ def test_top_k_of_the_bank_is_no_filter(make_memory, tokens, tmp_path, texts):
     fewer = model.generate(input_ids=ids, top_k=1, **options).logits
     assert not torch.equal(fewer[0], every[0][0])
     # by hand: every block that is in the bank, whatever its similarity
-    question = model._compressed(ids, torch.ones_like(ids))
+    question = model.reader.compressed(ids, torch.ones_like(ids))
     blocks = torch.stack([hit.block for hit in model.bank.search(torch.randn(1, 32), 100)[0]])
     seen = torch.ones(2, len(texts), dtype=torch.bool)
     model._retrieved = lambda *_: Found(question, blocks[None].expand(2, -1, -1, -1), seen, seen.any(1))

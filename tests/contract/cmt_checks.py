@@ -152,7 +152,7 @@ def give(model: MemoryModel, memories: Tensor) -> None:
 
     def retrieved(ids: Tensor, mask: Tensor, *_: Any) -> Found:
         seen = torch.ones(len(ids), len(memories), dtype=torch.bool)
-        return Found(model._compressed(ids, mask), memories[None].expand(len(ids), -1, -1, -1), seen, seen.any(1))
+        return Found(model.reader.compressed(ids, mask), memories[None].expand(len(ids), -1, -1, -1), seen, seen.any(1))
 
     model._retrieved = retrieved
 

@@ -9,46 +9,34 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import islice
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoTokenizer, DynamicCache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checkpointing import checkpointing, is_asked_for
 from ..decoder import with_last_hidden_state
-from ..errors import DataError, TwinweaveError, UnsupportedModelError, UsageError
+from ..errors import TwinweaveError, UsageError
 from ..fingerprint import fingerprint
-from ..text import chunks_of, digest_and_pieces
 from . import saving
 from .aggregator import Aggregator, pooled
 from .bank import MemoryBank, Where
 from .checks import check_adapter, check_base, check_generation
-from .compressor import Compressor, padded_first
-from .config import CMTConfig, chunk_size_of
+from .compressor import Compressor
+from .config import CMTConfig
 from .contrast import ContrastWithoutMemory
-from .objective import contrasted, self_matching
+from .learning import IGNORED, asked, belonging, matching_loss, seen_of
+from .memorizing import Document, Entry, memorize
+from .objective import contrasted
 from .prefix import Prefix, fill, setting, shapes_of, take_cache
+from .reading import Reader, Text
 from .retrieval import Found, Given, found_for, nearest
-from .rows import Hit, Memory, json_of
-
-IGNORED = -100
-Text = str | os.PathLike[str]
-_AT_ONCE = 16  # texts of one pass of the compressor
-
-
-@dataclass(frozen=True)
-class Entry:
-    """What became of a document: the id it has in the bank, and how many of its tokens were compressed."""
-
-    id: str
-    outcome: Literal["added", "known", "replaced"]
-    tokens: int
+from .rows import Hit
 
 
 class MemoryModel(nn.Module):
@@ -83,7 +71,7 @@ class MemoryModel(nn.Module):
         self.distractors = 1.0
         """In training, the share of the other documents of its batch that a question sees; whoever trains moves it, as
         `distractor_warmup` has it."""
-        self._tokenizer = tokenizer
+        self.reader = Reader(self.compressor, self.settings, tokenizer)
         if self.settings.init_text is not None:
             self.compressor.start_from(self.tokenizer(self.settings.init_text, add_special_tokens=False)["input_ids"])
         self._fingerprint: tuple[Any, str] | None = None
@@ -134,25 +122,25 @@ class MemoryModel(nn.Module):
         Raises DataError for a document that is empty or not UTF-8, and UsageError.
         """
         single = isinstance(documents, str | os.PathLike)
-        texts = [documents] if single else list(documents)  # type: ignore[arg-type]
-        names = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
-        told = [metadata] if isinstance(metadata, Mapping) else None if metadata is None else list(metadata)
+        texts: list[Any] = [documents] if single else list(documents)  # type: ignore[arg-type]
+        names: list[Any] = [None] * len(texts) if ids is None else [ids] if isinstance(ids, str) else list(ids)
+        told: list[Any] = [{}] * len(texts)
+        if metadata is not None:
+            told = [metadata] if isinstance(metadata, Mapping) else list(metadata)
         for what, given in (("ids", names), ("metadata", told)):
-            if given is not None and len(given) != len(texts):
+            if len(given) != len(texts):
                 raise UsageError(f"{what} has {len(given)} entries for {len(texts)} documents. Give one for each.")
-        rows = zip(texts, names or [None] * len(texts), told or [{}] * len(texts), strict=True)
+        rows = zip(texts, names, told, strict=True)
         return [entry.id for entries in self.memorizing(rows, batch_size) for entry in entries]
 
-    def memorizing(
-        self, documents: Iterable[tuple[Text, str | None, Mapping[str, Any]]], batch_size: int = 64
-    ) -> Iterator[list[Entry]]:
+    def memorizing(self, documents: Iterable[Document], batch_size: int = 64) -> Iterator[list[Entry]]:
         """Memorize a stream of (document, id or None, metadata), what became of each of a batch at a time.
 
         A batch is in the bank, by one change, when it is yielded; no more than a batch is held. See `memorize`.
         """
         stream = iter(documents)
         while batch := list(islice(stream, batch_size)):
-            yield self._memorize(batch)
+            yield memorize(self.reader, self.bank, batch)
 
     def forget(self, ids: str | Iterable[str]) -> list[str]:
         """Take documents out of the bank; the ids that were there."""
@@ -162,17 +150,13 @@ class MemoryModel(nn.Module):
         self, questions: str | Sequence[str], top_k: int | None = None, where: Where | None = None
     ) -> list[list[Hit]]:
         """The `top_k` memories most similar to each question, the nearest first. `where`: see `MemoryBank.search`."""
-        ids, mask = self._encode(questions)
-        return self.bank.search(pooled(self._compressed(ids, mask)), self._top_k(top_k), where)
+        ids, mask = self.reader.questions(questions)
+        return self.bank.search(pooled(self.reader.compressed(ids, mask)), self._top_k(top_k), where)
 
     def compress(self, documents: Text | Iterable[Text], *, batch_size: int = 16) -> Tensor:
         """The memories [n, k, D] of documents, n being at least their number: a long one has several. They are for
         `answering_from`, and go into no bank. Raises DataError as `memorize` does."""
-        texts = [documents] if isinstance(documents, str | os.PathLike) else list(documents)
-        parts = [ids for text in texts for ids in self._read(text)[1]]
-        starts = range(0, len(parts), batch_size)
-        made = [self._compressed(*self._padded(parts[start : start + batch_size])) for start in starts]
-        return torch.cat(made) if made else self.compressor.tokens.new_empty(0, *self.compressor.tokens.shape)
+        return self.reader.compress(documents, batch_size)
 
     @contextmanager
     def answering_from(self, memories: Given) -> Iterator[None]:
@@ -216,8 +200,8 @@ class MemoryModel(nn.Module):
         assert questions is not None
         if isinstance(questions, Sequence) and not questions:
             return []
-        ids, mask = self._encode(questions)
-        options.setdefault("pad_token_id", self._pad_id)
+        ids, mask = self.reader.questions(questions)
+        options.setdefault("pad_token_id", self.reader.pad_id)
         output = self._generate(ids, mask, top_k, where, contrast, options)
         sequences = output if isinstance(output, Tensor) else output.sequences
         texts = self.tokenizer.batch_decode(sequences[:, ids.shape[1] :], skip_special_tokens=True)
@@ -278,7 +262,7 @@ class MemoryModel(nn.Module):
         """
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if context_ids is None:
-            found = self._retrieved(*self._questions(input_ids, mask, labels, query_mask), None, None)
+            found = self._retrieved(*asked(input_ids, mask, labels, query_mask), None, None)
             inputs = {"input_ids": input_ids, "attention_mask": mask, "labels": labels, **kwargs}
             if num_items_in_batch is not None:
                 inputs["num_items_in_batch"] = num_items_in_batch
@@ -288,31 +272,20 @@ class MemoryModel(nn.Module):
             return self.base(**inputs)
         if labels is None:
             raise UsageError("forward() got context_ids and no labels, so there is nothing to learn. Pass labels.")
+        settings = self.settings
         context_mask = torch.ones_like(context_ids) if context_mask is None else context_mask
+        belongs = belonging(reads, len(context_ids), len(input_ids), context_ids.device)
         memories = self._compress_documents(context_ids, context_mask)
-        question = self.compressor(*self._questions(input_ids, mask, labels, query_mask))
-        reads = torch.eye(len(context_ids), device=context_ids.device) if reads is None else reads
-        if reads.shape[1] != len(context_ids) or not len(reads) or len(input_ids) % len(reads):
-            raise UsageError(
-                f"reads is {list(reads.shape)} for {len(context_ids)} documents and {len(input_ids)} rows. Give a line "
-                "for each group of as many rows, with a column for each document."
-            )
-        belongs = reads.bool().repeat_interleave(len(input_ids) // len(reads), dim=0)
-        memory = self.aggregator(question, memories[None], self._seen_by(belongs))
+        question = self.compressor(*asked(input_ids, mask, labels, query_mask))
+        memory = self.aggregator(question, memories[None], seen_of(belongs, self.distractors if self.training else 1.0))
         with_memory, without, targets = self._logits_at_labels(input_ids, mask, labels, memory, frozen)
-        loss = cross_entropy(
-            contrasted(with_memory, without, self.settings.memory_aware_weight), targets, reduction="sum"
-        )
+        judged = contrasted(with_memory, without, settings.memory_aware_weight)
         count = max(len(targets), 1) if num_items_in_batch is None else num_items_in_batch
-        loss = loss / count
-        if self.settings.self_matching_weight:
-            answered = (labels != IGNORED).any(1)  # rows that only fill the batch up ask nothing
-            same = _same_rows(context_ids, context_mask)
-            matching = self_matching(
-                pooled(question), pooled(memories), belongs & answered[:, None], same, self.settings.separation_weight
-            )
+        loss = cross_entropy(judged, targets, reduction="sum") / count
+        if settings.self_matching_weight:
+            matching = matching_loss(question, memories, belongs, labels, context_ids, context_mask, settings)
             # a trainer that accumulates adds the parts of a step up, and each part says its share of the whole
-            loss = loss + self.settings.self_matching_weight * matching * (len(targets) / count)
+            loss = loss + settings.self_matching_weight * matching * (len(targets) / count)
         return CausalLMOutputWithPast(loss=loss, logits=with_memory[None])
 
     def _logits_at_labels(
@@ -320,15 +293,19 @@ class MemoryModel(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [N, V] with memory and without at the N positions that predict labels, and the labels there, [N].
 
-        The head runs once, over the states of both.
+        The head runs once, over the states of both. Without the memory-aware objective those without memory are those
+        with it, since nothing looks at them.
         """
         rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
-        if frozen is None:
+        aware = self.settings.memory_aware_weight > 0
+        if aware and frozen is None:
             frozen = self.frozen_states(ids, mask, labels)
-        alone = frozen.to(self.base.dtype)
 
         def at_labels(module: nn.Module, args: Any, output: Any) -> Any:
-            return with_last_hidden_state(output, torch.cat((output[0][rows, columns], alone))[None])
+            states = output[0][rows, columns]
+            if aware and frozen is not None:
+                states = torch.cat((states, frozen.to(states.dtype)))
+            return with_last_hidden_state(output, states[None])
 
         handle = self.compressor.decoder.register_forward_hook(at_labels)
         try:
@@ -336,8 +313,9 @@ class MemoryModel(nn.Module):
             logits = self.base(**inputs).logits[0].float()
         finally:
             handle.remove()
-        with_memory, without = logits[: len(rows)], logits[len(rows) :]
-        return with_memory, without.detach(), labels[rows, columns + 1]
+        with_memory = logits[: len(rows)]
+        without = logits[len(rows) :].detach() if aware else with_memory
+        return with_memory, without, labels[rows, columns + 1]
 
     @torch.no_grad()
     def frozen_states(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor) -> Tensor:
@@ -347,13 +325,6 @@ class MemoryModel(nn.Module):
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
         states: Tensor = self.compressor.decoder(**given)[0]
         return states[rows, columns]
-
-    def _seen_by(self, belongs: Tensor) -> Tensor | None:
-        """bool [B, C]: the documents that each row sees in training; None: all."""
-        if not self.training or self.distractors >= 1:
-            return None
-        others = torch.rand(belongs.shape, device=belongs.device) < self.distractors
-        return belongs | others | ~belongs.any(1, keepdim=True)  # a row without one of its own only fills the batch up
 
     def _compress_documents(self, ids: Tensor, mask: Tensor) -> Tensor:
         """Memories [C, k, D]; in training only a share of the documents carries a gradient, if the settings say so."""
@@ -456,70 +427,12 @@ class MemoryModel(nn.Module):
         """Where the base is."""
         return self.base.device
 
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of texts. Raises UnsupportedModelError where the base has none."""
+        return self.reader.tokenizer
+
     # --- the parts --------------------------------------------------------------------------------------------------
-
-    def _memorize(self, batch: Sequence[tuple[Text, str | None, Mapping[str, Any]]]) -> list[Entry]:
-        """One change of the bank: those of the documents that are not in it, with all their parts, as if one came after
-        the other."""
-        for _, name, metadata in batch:
-            if name is not None and (not isinstance(name, str) or not name.strip()):
-                raise UsageError(f"{name!r} is no id. Give each document a name that is a text.")
-            json_of(metadata)
-        read = [self._read(text) for text, *_ in batch]
-        name_of = self.bank.ids_of([digest for digest, _ in read])
-        names = [name or digest[:16] for (_, name, _), (digest, _) in zip(batch, read, strict=True)]
-        digest_of = self.bank.digests_of(list({*names, *name_of.values()}))
-        new: dict[str, int] = {}
-        entries = []
-        for number, (name, (digest, parts)) in enumerate(zip(names, read, strict=True)):
-            if digest in name_of:
-                entries.append(Entry(name_of[digest], "known", 0))
-                continue
-            before = digest_of.get(name)
-            if before is not None:
-                name_of.pop(before, None)  # whoever brings that text again brings something new
-            entries.append(Entry(name, "added" if before is None else "replaced", sum(map(len, parts))))
-            digest_of[name], name_of[digest], new[name] = digest, name, number
-        self.bank.add(self._compressed_documents(batch, read, new))
-        return entries
-
-    def _compressed_documents(
-        self,
-        batch: Sequence[tuple[Text, str | None, Mapping[str, Any]]],
-        read: Sequence[tuple[str, list[list[int]]]],
-        new: Mapping[str, int],
-    ) -> list[Memory]:
-        """The memories of those of the documents that `new` names."""
-        rows = [(name, number, part, ids) for name, number in new.items() for part, ids in enumerate(read[number][1])]
-        rows.sort(key=lambda row: len(row[-1]))  # those of a pass are about as long as each other
-        memories: list[Memory] = []
-        for start in range(0, len(rows), _AT_ONCE):
-            group = rows[start : start + _AT_ONCE]
-            blocks = self._compressed(*self._padded([ids for *_, ids in group]))
-            for (name, number, part, _), block, key in zip(group, blocks, pooled(blocks), strict=True):
-                digest, parts = read[number]
-                tokens = sum(map(len, parts))
-                memories.append(Memory(name, digest, key, block, part, len(parts), tokens, batch[number][2]))
-        return memories
-
-    def _read(self, text: Text) -> tuple[str, list[list[int]]]:
-        """SHA-256 of a text, and the token ids of its parts."""
-        if not isinstance(text, str | os.PathLike):
-            raise DataError(f"A document cannot be a {type(text).__name__}. Give a str or a path.")
-        digest, pieces = digest_and_pieces(text)
-        parts = [ids for ids, _ in chunks_of(pieces, self.tokenizer, self.document_tokens)]
-        return digest(), parts
-
-    @torch.no_grad()
-    def _compressed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Memories as they are kept, whether the model is being trained or not."""
-        training = self.compressor.training
-        self.compressor.train(False)
-        try:
-            made: Tensor = self.compressor(ids, mask)
-            return made
-        finally:
-            self.compressor.train(training)
 
     def _retrieved(self, ids: Tensor, mask: Tensor, top_k: int | None, where: Where | None) -> Found | None:
         """What there is for each question; None if there is nothing for any of them."""
@@ -528,7 +441,7 @@ class MemoryModel(nn.Module):
                 raise UsageError("where asks for metadata, and memories that are given have none. Leave it out.")
         elif self._bank_path is None or not self.bank.memories:
             return None
-        question = self._compressed(ids, mask)
+        question = self.reader.compressed(ids, mask)
         keys, count = pooled(question), self._top_k(top_k)
         if self._given is not None:
             near = nearest(keys, self._given, count)
@@ -541,19 +454,6 @@ class MemoryModel(nn.Module):
         if top_k is not None and (isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1):
             raise UsageError(f"top_k is {top_k!r}; it must be a whole number of at least 1.")
         return top_k or self.settings.top_k
-
-    def _questions(
-        self, ids: Tensor, mask: Tensor, labels: Tensor | None, query_mask: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The tokens of each row's question, padded in front, and their mask, as narrow as they can be."""
-        asked = mask.bool()
-        if query_mask is not None:
-            asked = asked & query_mask.bool()
-        elif labels is not None:
-            asked = asked & ((labels != IGNORED).cumsum(1) == 0)
-        ids, asked = padded_first(ids, asked)
-        width = max(int(asked.sum(1).max()), 1)
-        return ids[:, -width:], asked[:, -width:]
 
     def _in_front(self, inputs: dict[str, Any], memory: Tensor, having: Tensor | None = None) -> dict[str, Any]:
         """The inputs of the base for rows with a prefix in front of them; `having`: bool [B], which rows have one."""
@@ -573,50 +473,3 @@ class MemoryModel(nn.Module):
         """The attention mask [B, k + T] of rows with a prefix."""
         rows = torch.ones(len(mask), dtype=torch.bool, device=mask.device) if having is None else having
         return torch.cat((rows.to(mask.dtype)[:, None].expand(-1, self.settings.memory_tokens), mask), dim=1)
-
-    def _encode(self, texts: str | Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Questions as the base is asked them, padded in front."""
-        listed = [texts] if isinstance(texts, str) else list(texts)
-        for text in listed:
-            if not isinstance(text, str) or not text.strip():
-                raise UsageError(f"{text!r} is no question. Ask with a text of at least a word.")
-        start = [] if self.tokenizer.bos_token_id is None else [int(self.tokenizer.bos_token_id)]
-        rows = [start + self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in listed]
-        return self._padded(rows)
-
-    def _padded(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        width = max(len(row) for row in rows)
-        ids = torch.tensor([[self._pad_id] * (width - len(row)) + list(row) for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
-        return ids, mask
-
-    @property
-    def document_tokens(self) -> int:
-        """The most tokens of a document that are compressed at once: those of the settings, or what the base's window
-        has room for beside the memory tokens."""
-        window = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
-        return chunk_size_of(self.settings, window)
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of texts. Raises UnsupportedModelError where the base has none."""
-        if self._tokenizer is None:
-            name = self.base.config._name_or_path
-            try:
-                self._tokenizer = AutoTokenizer.from_pretrained(name)
-            except (OSError, ValueError) as error:
-                raise UnsupportedModelError(
-                    f"The base {name or type(self.base).__name__} comes without a tokenizer. Pass tokenizer=..."
-                ) from error
-        return self._tokenizer
-
-    @property
-    def _pad_id(self) -> int:
-        ends = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, self.tokenizer.bos_token_id, 0)
-        return int(next(end for end in ends if end is not None))
-
-
-def _same_rows(ids: Tensor, mask: Tensor) -> Tensor:
-    """bool [C, C]: which documents are the same, token by token."""
-    known = ids.masked_fill(mask == 0, -1)
-    return (known[:, None] == known[None]).all(-1)
