@@ -53,7 +53,7 @@ def nearest(keys: Tensor, given: Given, top_k: int) -> list[Near]:
     each = [given] * len(keys) if isinstance(given, Tensor) else list(given)
     if len(each) != len(keys):
         raise UsageError(
-            f"Memories were given for {len(each)} rows, and there are {len(keys)}. Give them for each row."
+            f"Memories were given for {len(each)} rows, and there are {len(keys)}. Give some for each row."
         )
     result = []
     for key, memories in zip(keys.cpu(), each, strict=True):
