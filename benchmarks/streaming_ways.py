@@ -4,6 +4,7 @@ Knows nothing about where documents and questions come from, or how answers are 
 """
 
 import itertools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,7 @@ def remembered(name: str, model: MemoryModel, folder: Path, top_k: int | None = 
     numbers = itertools.count()
 
     def start() -> Path:
-        return folder / f"{name.replace(' ', '-')}-{next(numbers)}.lance"
+        return folder / f"{re.sub('[^A-Za-z]+', '-', name)}-{next(numbers)}.lance"
 
     def add(bank: Path, more: Sequence[str]) -> Path:
         model.open_bank(bank)
