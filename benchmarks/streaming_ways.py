@@ -23,7 +23,7 @@ from twinweave.data.encode import bos_ids, text_ids
 from .answering_ways import MAX_NEW_TOKENS, Question, ask
 
 BATCH = 20
-EPOCHS, RATE = 40, 1e-2
+EPOCHS, RATE = 15, 3e-3  # the best of four settings on the first hundred documents of another stream
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,27 @@ def test_genadapter_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert len(twinweave.AdapterState.load(tmp_path / "wanda").documents) == 1
 
 
+def test_cmt_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "cmt.md").read_text(encoding="utf-8")
+    names: dict[str, Any] = {}
+    for block in blocks("python", page):
+        exec(compile(block, "docs/cmt.md", "exec"), names)
+    assert names["answers"] == ["swan"]
+    assert [hit.id for hit in names["hits"][0]] == ["mara"]
+    assert [document["id"] for document in names["memory"].bank.documents()] == ["wanda"]
+    for line in (line for block in blocks("bash", page) for line in block.splitlines()):
+        if not line.startswith("twinweave"):
+            subprocess.run(line, shell=True, check=True, cwd=tmp_path)
+            continue
+        monkeypatch.setattr(sys, "argv", shlex.split(line))
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert not end.value.code, line
+        if " ask " in line:
+            assert capsys.readouterr().out.split()[-1] == "swan"
+
+
 @pytest.mark.usefixtures("my_lora")
 def test_trainers_page() -> None:
     page = (ROOT / "docs" / "trainers.md").read_text(encoding="utf-8")
