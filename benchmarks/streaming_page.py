@@ -21,9 +21,9 @@ is the same). Each seed has models of its own training and a stream of its own. 
 - **nothing**: the question alone. **prompt**: the newest documents that fit into the base's window of 256 tokens.
   **right document**: the one that has the answer, put there by hand: what is to be reached. **retrieval**: the text
   that TF-IDF finds.
-- **online LoRA**: r 16 on all linear layers, trained on every fifty documents as they come, 15 epochs at 3e-3 (of four settings
-  the best or as good on another stream).
-  **GenerativeAdapter**: one state of all documents (the shipped reader).
+- **online LoRA**: r 16 on all linear layers, trained on every fifty documents as they come, 15 epochs at 3e-3 (of four
+  settings the best or as good on another stream). **GenerativeAdapter**: one state of all documents (the shipped
+  reader).
 - **CMT**: recipes/cmt/pocket.yaml. Its parts, each left out: **plain loss** (no memory-aware objective), **unmatched**
   (no self-matching), **no top-K** (every memory in the bank is aggregated). **as published**: without what the recipe
   adds to the paper, at the same number of steps. **min_similarity**: memories less similar than {least} are left
