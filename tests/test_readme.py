@@ -136,6 +136,7 @@ def test_python_snippets_run_one_after_the_other(tmp_path: Path) -> None:
 
 def test_every_command_of_twinweave_runs(tmp_path: Path) -> None:
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    (tmp_path / "notes.txt").write_text("Mara Jarvis lives in Valebrook. The pet of Mara Jarvis is a canary.")
     shown = [command for command in commands() if command[0] == "twinweave"]
     assert {command[1] for command in shown} >= {"train", "compare", "evaluate", "generate", "report", "validate"}
     for command in shown:
