@@ -388,6 +388,23 @@ def test_with_an_index_new_documents_are_found_at_once_and_folded_in(bank, monke
     assert found(bank, document("d1150", 5)[0].key, 1) == [("d1150", 0)]
 
 
+def test_names_are_indexed_and_later_ones_are_found_too(bank, monkeypatch):
+    monkeypatch.setattr(upkeep, "_NAMED_FROM", 100)
+    for start in range(0, 330, 30):
+        bank.add([m for n in range(start, start + 30) for m in document(f"d{n}", n)])
+    lacking = {tuple(i.columns): i.num_unindexed_rows for i in bank._open().list_indices()}
+    assert lacking == {("id",): 90, ("digest",): 90}
+    bank.add(document("d7", 5, parts=2) + document("new", 5))
+    bank.remove(["d8", "d329"])
+    names = ["d7", "d8", "d9", "d328", "d329", "new", "nobody"]
+    wanted = {"d7": "digest of d7 5", "new": "digest of new 5", "d9": "digest of d9 9", "d328": "digest of d328 328"}
+    assert bank.digests_of(names) == wanted
+    assert bank.ids_of([*wanted.values(), "digest of d7 7", "digest of d8 8"]) == {
+        d: name for name, d in wanted.items()
+    }
+    assert (len(bank), bank.memories) == (329, 330)
+
+
 def test_many_small_changes_are_put_together(bank, monkeypatch):
     monkeypatch.setattr(upkeep, "_FILES", 8)
     for n in range(30):
