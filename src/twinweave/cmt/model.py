@@ -134,8 +134,8 @@ class MemoryModel(nn.Module):
         Raises DataError for a document that is empty or not UTF-8, and UsageError.
         """
         single = isinstance(documents, str | os.PathLike)
-        texts = [documents] if single else list(documents)  # type: ignore[arg-type]
-        names = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
+        texts: list[Text] = [documents] if single else list(documents)  # type: ignore[arg-type, list-item]
+        names: list[str | None] | None = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
         told = [metadata] if isinstance(metadata, Mapping) else None if metadata is None else list(metadata)
         for what, given in (("ids", names), ("metadata", told)):
             if given is not None and len(given) != len(texts):
