@@ -42,10 +42,11 @@ def keys_of(kind: str, count: int, width: int, seed: int) -> Tensor:
     return torch.nn.functional.normalize(keys, dim=1)
 
 
-def fill(bank: MemoryBank, kind: str, start: int, end: int, batch: int) -> Tensor:
-    """Add documents of one memory each, numbered from `start`; their keys, and the seconds of each thousand."""
+def fill(bank: MemoryBank, kind: str, start: int, end: int, batch: int) -> tuple[Tensor, list[tuple[int, float]]]:
+    """Add documents of one memory each, numbered from `start`; their keys, and after each change how many memories
+    there are and how long it took."""
     assert bank.shape is not None
-    made = []
+    made, took = [], []
     for first in range(start, end, batch):
         keys = keys_of(kind, min(batch, end - first), bank.shape[1], 1_000 + first)
         blocks = keys[:, None].expand(-1, bank.shape[0], -1)
@@ -53,9 +54,22 @@ def fill(bank: MemoryBank, kind: str, start: int, end: int, batch: int) -> Tenso
             Memory(f"d{first + n:07}", f"{first + n:064x}", key, block, tokens=300, metadata={"number": first + n})
             for n, (key, block) in enumerate(zip(keys, blocks, strict=True))
         ]
+        begun = time.perf_counter()
         bank.add(memories)
+        took.append((first + len(keys), time.perf_counter() - begun))
         made.append(keys)
-    return torch.cat(made)
+    return torch.cat(made), took
+
+
+def per_thousand(took: list[tuple[int, float]], steps: int = 10) -> list[dict[str, float]]:
+    """Seconds per 1,000 memories in about `steps` stretches of what `fill` did, with all upkeep that fell into each."""
+    size = -(-len(took) // steps)
+    stretches, before = [], took[0][0] - (took[1][0] - took[0][0] if len(took) > 1 else took[0][0])
+    for start in range(0, len(took), size):
+        part = took[start : start + size]
+        added, before = part[-1][0] - before, part[-1][0]
+        stretches.append({"memories": before, "seconds": 1000 * sum(seconds for _, seconds in part) / added})
+    return stretches
 
 
 @contextmanager
@@ -113,7 +127,7 @@ def measure(args: argparse.Namespace, kind: str, folder: str) -> Iterator[dict[s
     keys = torch.zeros(0, args.width)
     for size in args.sizes:
         begun, processor, before = time.perf_counter(), time.process_time(), len(keys)
-        new = fill(bank, kind, before, size, args.batch)
+        new, took = fill(bank, kind, before, size, args.batch)
         thousands = (size - before) / 1000
         adding = {"seconds": time.perf_counter() - begun, "processor_seconds": time.process_time() - processor}
         keys = torch.cat((keys, new))
@@ -125,6 +139,8 @@ def measure(args: argparse.Namespace, kind: str, folder: str) -> Iterator[dict[s
             "memories": size,
             "added_from": before,
             "per_1000_added": {name: value / thousands for name, value in adding.items()},
+            "per_1000_as_it_grew": per_thousand(took),
+            "longest_change_seconds": max(seconds for _, seconds in took),
             "bytes_on_disk": stats["bytes"],
             "indexed": stats["indexed"],
             "index": searched(bank, questions, exact) if stats["index"] else None,

@@ -87,6 +87,25 @@ def test_an_exception_leaves_nothing_behind(given, make_base, tokens, step, wher
     assert all(torch.equal(tensor, own[name]) for name, tensor in model.state_dict().items())
 
 
+def test_a_text_that_moved_to_another_document_is_kept(make_memory, tmp_path, texts):
+    model = make_memory(bank=tmp_path / "bank.lance")
+    a, b, c, d = texts[:4]
+
+    def outcomes(*documents):
+        entries = next(model.memorizing([(text, name, {}) for name, text in documents]))
+        digests = [row["digest"] for row in model.bank.documents()]
+        assert len(set(digests)) == len(digests)
+        return [(entry.id, entry.outcome) for entry in entries]
+
+    assert outcomes(("z", a), ("y", b)) == [("z", "added"), ("y", "added")]
+    assert outcomes(("x", a), ("z", c)) == [("x", "added"), ("z", "replaced")]
+    # from one to the next: x has what z had, which has what y had, which has something new
+    assert outcomes(("x", c), ("z", b), ("y", d)) == [("x", "replaced"), ("z", "replaced"), ("y", "replaced")]
+    facts = {row["id"]: row["digest"] for row in model.bank.documents()}
+    assert facts == model.bank.digests_of(["x", "y", "z"])
+    assert outcomes(("x", c), ("z", b), ("y", d)) == [("x", "known"), ("z", "known"), ("y", "known")]
+
+
 def test_order_in_the_bank_changes_no_bit(make_memory, tokens, tmp_path, texts):
     found, ids = [], tokens(3, 9)
     for number, order in enumerate(([0, 1, 2, 3], [3, 1, 0, 2])):

@@ -19,7 +19,7 @@ from ..files import atomic_directory, write_json_atomic
 from ..genadapter import AdapterState, GenerativeAdapter
 from ..genadapter.state import STATE_NAME
 from ..progress import say
-from .shared import open_reader
+from .shared import lasting, open_reader
 
 READER_NAME = "reader.json"
 LORA_NAME = "adapter_model.safetensors"
@@ -48,8 +48,8 @@ class ReaderRecord:
     def made_by(self, reader: GenerativeAdapter) -> "ReaderRecord":
         """This record with what identifies `reader` and decides how it rounds."""
         return ReaderRecord(
-            _lasting(self.reader) or self.reader,
-            _lasting(self.base),
+            lasting(self.reader) or self.reader,
+            lasting(self.base),
             self.dtype,
             reader.fingerprint(),
             str(reader.device.type),
@@ -154,8 +154,3 @@ def note_other_rounding(folder: Path, before: ReaderRecord, now: ReaderRecord) -
             f"{folder} was read elsewhere ({'; '.join(different)}), where numbers may round otherwise: what is taken "
             "out may leave as much as rounding does"
         )
-
-
-def _lasting(where: str | None) -> str | None:
-    """A folder by its whole path, so that it is found from elsewhere too; names as they are."""
-    return str(Path(where).resolve()) if where not in (None, "pocket") and Path(str(where)).is_dir() else where

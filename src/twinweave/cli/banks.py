@@ -14,7 +14,7 @@ from ..cmt.saving import CONFIG_NAME
 from ..errors import DamagedFileError, UsageError
 from ..files import write_json_atomic
 from ..training.base import default_device
-from .adapters import _lasting
+from .shared import lasting
 
 RECORD_NAME = "model.json"
 
@@ -33,7 +33,7 @@ class ModelRecord:
 
     def write(self, bank: MemoryBank) -> None:
         """Remember this in the bank's folder; paths become whole ones."""
-        record = ModelRecord(_lasting(self.model) or self.model, _lasting(self.base), self.dtype)
+        record = ModelRecord(lasting(self.model) or self.model, lasting(self.base), self.dtype)
         if "://" not in bank.place and read_record(bank) != record:  # on an object store --model says it each time
             write_json_atomic(Path(bank.place) / RECORD_NAME, asdict(record))
 

@@ -48,6 +48,11 @@ def show(results: dict[str, Any], folder: Path) -> None:
     print(f"report:  {path}")
 
 
+def lasting(where: str | None) -> str | None:
+    """A folder by its whole path, so that it is found from elsewhere too; names as they are."""
+    return str(Path(where).resolve()) if where not in (None, "pocket") and Path(str(where)).is_dir() else where
+
+
 def locate(run: Path) -> tuple[Path, Path]:
     """The folder of a run's trained model, and that of the whole run."""
     folder = find_model(run)

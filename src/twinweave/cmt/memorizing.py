@@ -25,8 +25,8 @@ class Entry:
 
 
 def memorize(reader: Reader, bank: MemoryBank, batch: Sequence[Document]) -> list[Entry]:
-    """One change of the bank: those of the documents that are not in it, with all their parts, as if one came after
-    the other."""
+    """One change of the bank: those of the documents that are not in it, with all their parts. Of two under one name
+    the last counts, and a text that any of them has is in the bank afterwards."""
     for _, name, metadata in batch:
         if name is not None and (not isinstance(name, str) or not name.strip()):
             raise UsageError(f"{name!r} is no id. Give each document a name that is a text.")
@@ -35,17 +35,28 @@ def memorize(reader: Reader, bank: MemoryBank, batch: Sequence[Document]) -> lis
     name_of = bank.ids_of([digest for digest, _ in read])
     names = [name or digest[:16] for (_, name, _), (digest, _) in zip(batch, read, strict=True)]
     digest_of = bank.digests_of(list({*names, *name_of.values()}))
+    last = {name: number for number, name in enumerate(names)}
     new: dict[str, int] = {}
-    entries = []
-    for number, (name, (digest, parts)) in enumerate(zip(names, read, strict=True)):
-        if digest in name_of:
-            entries.append(Entry(name_of[digest], "known", 0))
-            continue
-        before = digest_of.get(name)
-        if before is not None:
-            name_of.pop(before, None)  # whoever brings that text again brings something new
-        entries.append(Entry(name, "added" if before is None else "replaced", sum(map(len, parts))))
-        digest_of[name], name_of[digest], new[name] = digest, name, number
+    entries = [Entry("", "known", 0)] * len(batch)
+    undecided = list(range(len(batch)))
+    while undecided:
+        for number in undecided:
+            name, (digest, parts) = names[number], read[number]
+            if digest in name_of:
+                entries[number] = Entry(name_of[digest], "known", 0)
+                continue
+            before = digest_of.get(name)
+            if before is not None:
+                name_of.pop(before, None)  # whoever brings that text again brings something new
+            outcome: Literal["added", "replaced"] = "added" if before is None else "replaced"
+            entries[number] = Entry(name, outcome, sum(map(len, parts)))
+            digest_of[name], name_of[digest], new[name] = digest, name, number
+        # the document that a text was known by may have got another text since, and this one keeps it then
+        undecided = [
+            number
+            for number, entry in enumerate(entries)
+            if entry.outcome == "known" and read[number][0] not in name_of and last[names[number]] == number
+        ]
     bank.add(_memories_of(reader, batch, read, new))
     return entries
 
