@@ -66,6 +66,8 @@ class Aggregator(nn.Module):
             bias = torch.zeros(seen_by.shape, device=x.device) if bias is None else bias
             bias = bias.masked_fill(~seen_by, float("-inf"))
         if bias is not None:
+            # attention does not change by it, and half precision has finer steps around zero
+            bias = bias - bias.amax(-1, keepdim=True)
             bias = bias.repeat_interleave(memories.shape[2], dim=1)[:, None, None].to(x.dtype)  # [B, 1, 1, N k]
         for block in self.blocks:
             x = block(x, seen, bias)

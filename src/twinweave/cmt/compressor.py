@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..decoder import decoder_of
+from ..errors import UsageError
 
 
 class Compressor(nn.Module):
@@ -49,10 +50,18 @@ class Compressor(nn.Module):
 
     def start_from(self, token_ids: list[int]) -> None:
         """Let the memory tokens start as the embeddings of these tokens, repeated as often as it takes."""
+        if not token_ids:
+            raise UsageError("init_text has no tokens for this tokenizer. Give a text of at least a word.")
         places = torch.arange(len(self.tokens)) % len(token_ids)
         embeddings = embeddings_of(self.base)
         with torch.no_grad():
             self.tokens.copy_(embeddings[torch.tensor(token_ids)[places].to(embeddings.device)])
+
+    @property
+    def room(self) -> int | None:
+        """Tokens that the base's window has beside the memory tokens; None where it has none."""
+        window = getattr(self.base.config.get_text_config(), "max_position_embeddings", None)
+        return max(window - len(self.tokens), 1) if isinstance(window, int) and window > 0 else None
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -70,6 +79,8 @@ class Compressor(nn.Module):
         """The memories [B, k, D] in float32 of texts [B, T], padded on either side."""
         k = len(self.tokens)
         ids, mask = padded_first(ids, mask)
+        if self.room is not None:  # a longer text loses its start
+            ids, mask = ids[:, -self.room :], mask[:, -self.room :]
         ids = torch.cat((ids, ids[:, -1:].expand(-1, k)), dim=1)  # whatever stands there, the hook replaces it
         mask = torch.cat((mask, mask.new_ones(len(mask), k)), dim=1)
         given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}

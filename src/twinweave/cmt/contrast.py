@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LogitsProcessor, PreTrainedModel
 
+from ..decoder import decoder_of
 from .compressor import takes_positions
 from .objective import contrasted
 
@@ -16,7 +17,7 @@ class ContrastWithoutMemory(LogitsProcessor):
 
     def __init__(self, base: PreTrainedModel, ids: Tensor, mask: Tensor, alpha: float, copies: int) -> None:
         self.base, self.alpha, self.seen = base, alpha, 0
-        self.takes_positions = takes_positions(base)
+        self.takes_positions = takes_positions(decoder_of(base) or base)
         self.mask = mask.repeat_interleave(copies, 0)
         self.cache = DynamicCache(config=base.config)
 

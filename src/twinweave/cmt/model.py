@@ -38,6 +38,9 @@ from .reading import Reader, Text
 from .retrieval import Found, Given, found_for, nearest
 from .rows import Hit
 
+# what decides how strongly an adapter of the same weights acts
+_OF_THE_ADAPTER = ("lora_alpha", "alpha_pattern", "use_rslora", "scaling", "alpha")
+
 
 class MemoryModel(nn.Module):
     """A base with a bank of compressed documents. Only compressor, aggregator and prefix are trained, and saved.
@@ -68,18 +71,29 @@ class MemoryModel(nn.Module):
         width = self.compressor.width
         self.aggregator = Aggregator(width, self.settings).to(device)
         self.prefix = Prefix(width, self.settings.prefix_rank, shapes).to(device)
+        self._bank_path: str | None = None
+        self._bank: MemoryBank | None = None
+        self._given: Given | None = None
+        self._fingerprint: tuple[Any, str] | None = None
         self.distractors = 1.0
         """In training, the share of the other documents of its batch that a question sees; whoever trains moves it, as
         `distractor_warmup` has it."""
         self.reader = Reader(self.compressor, self.settings, tokenizer)
-        if self.settings.init_text is not None:
-            self.compressor.start_from(self.tokenizer(self.settings.init_text, add_special_tokens=False)["input_ids"])
-        self._fingerprint: tuple[Any, str] | None = None
-        self._bank_path: str | None = None
-        self._bank: MemoryBank | None = None
-        self._given: Given | None = None
-        if bank is not None:
-            self.open_bank(bank)
+        try:
+            if (text := self.settings.init_text) is not None:
+                self.compressor.start_from(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if bank is not None:
+                self.open_bank(bank)
+        except TwinweaveError:
+            self.take_apart()
+            raise
+
+    def take_apart(self) -> None:
+        """Give the base back as it was, without the adapter; the model is of no use from then on."""
+        tuner: Any = self.compressor.peft.base_model
+        tuner.unload()
+        if hasattr(self.base, "peft_config"):
+            del self.base.peft_config
 
     # --- documents --------------------------------------------------------------------------------------------------
 
@@ -138,6 +152,8 @@ class MemoryModel(nn.Module):
 
         A batch is in the bank, by one change, when it is yielded; no more than a batch is held. See `memorize`.
         """
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}; it must be a whole number of at least 1.")
         stream = iter(documents)
         while batch := list(islice(stream, batch_size)):
             yield memorize(self.reader, self.bank, batch)
@@ -228,6 +244,7 @@ class MemoryModel(nn.Module):
             own = options.pop("logits_processor", None) or []
             first = ContrastWithoutMemory(self.base, ids, mask, contrast, copies)
             options["logits_processor"] = LogitsProcessorList([first, *own])
+        self._check_room(ids.shape[1])
         cache = take_cache(self.base, options, self.settings.memory_tokens + ids.shape[1])
         fill(cache, self.prefix(self.aggregator(found.question, found.memories, found.seen)), self.base.dtype, copies)
         whole = self._with_prefix(mask, found.having)
@@ -323,6 +340,8 @@ class MemoryModel(nn.Module):
         objective needs of it, the same in every epoch."""
         rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if self.compressor.takes_positions:
+            given["position_ids"] = (attention_mask.long().cumsum(1) - 1).clamp(min=0)
         states: Tensor = self.compressor.decoder(**given)[0]
         return states[rows, columns]
 
@@ -394,11 +413,13 @@ class MemoryModel(nn.Module):
     def fingerprint(self) -> str:
         """Identifies what a memory means: the base, the settings of the compressor and its weights as they are now."""
         weights = [(n, p) for n, p in self.compressor.own_parameters()]
+        adapter = self.compressor.peft.active_peft_config
         sizes = {"memory_tokens": self.settings.memory_tokens, "document_tokens": self.settings.document_tokens}
+        sizes |= {name: getattr(adapter, name, None) for name in _OF_THE_ADAPTER}
         known = sizes, tuple((p.data_ptr(), p._version) for _, p in weights)
         if self._fingerprint is None or self._fingerprint[0] != known:
             digest = hashlib.sha256(str(self.base_fingerprint).encode())
-            digest.update(json.dumps(sizes, sort_keys=True).encode())
+            digest.update(json.dumps(sizes, sort_keys=True, default=str).encode())
             for name, weight in weights:
                 digest.update(name.encode())
                 digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
@@ -411,6 +432,11 @@ class MemoryModel(nn.Module):
     def base(self) -> PreTrainedModel:
         """The frozen base; as it was loaded, whenever the compressor is not running."""
         return self.compressor.base
+
+    @property
+    def window(self) -> int | None:
+        """Tokens of a row that the base's window has room for behind the memories; None: any number."""
+        return self.compressor.room
 
     @property
     def config(self) -> Any:
@@ -460,6 +486,7 @@ class MemoryModel(nn.Module):
         for name in ("past_key_values", "position_ids"):
             if inputs.get(name) is not None:
                 raise UsageError(f"{name} cannot be given: the memories come in front of it. Use generate().")
+        self._check_room(inputs["input_ids"].shape[1])
         cache = DynamicCache(config=self.base.config)
         fill(cache, self.prefix(memory), self.base.dtype)
         mask = self._with_prefix(inputs["attention_mask"], having)
@@ -468,6 +495,13 @@ class MemoryModel(nn.Module):
             positions = (mask.long().cumsum(1) - 1).clamp(min=0)
             changed["position_ids"] = positions[:, self.settings.memory_tokens :]
         return inputs | changed
+
+    def _check_room(self, tokens: int) -> None:
+        if self.window is not None and tokens > self.window:
+            raise UsageError(
+                f"A row has {tokens} tokens, and the base's window has room for {self.window} behind the memories. "
+                "Shorten it (in a recipe: train.max_length, or the task's max_length)."
+            )
 
     def _with_prefix(self, mask: Tensor, having: Tensor | None = None) -> Tensor:
         """The attention mask [B, k + T] of rows with a prefix."""

@@ -17,11 +17,12 @@ def self_matching(questions: Tensor, memories: Tensor, belongs: Tensor, same: Te
     is about; of several the nearest counts. same: bool [C, C], memories of the same document, which are no others
     (each with itself among them). Questions without a memory are left out.
     """
-    similar = (questions @ memories.T).masked_fill(~belongs, -2.0)
+    with torch.autocast(questions.device.type, enabled=False):  # cosines lie close together
+        cosines, distance = questions @ memories.T, (2 - 2 * memories @ memories.T).clamp(min=0)
+    similar = cosines.masked_fill(~belongs, -2.0)
     asked = belongs.any(1)
     nearest, own = similar.max(1)
     matching = -nearest[asked].sum() / asked.sum().clamp(min=1)
-    distance = (2 - 2 * memories @ memories.T).clamp(min=0)
     others = (-distance).masked_fill(same, float("-inf"))
     spread = torch.where(same.all(1), 0.0, torch.logsumexp(others.masked_fill(same.all(1, keepdim=True), 0.0), 1))
     return matching + separation * (spread[own] * asked).sum() / asked.sum().clamp(min=1)

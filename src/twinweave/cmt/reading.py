@@ -85,6 +85,8 @@ class Reader:
 
     def compress(self, documents: Text | Iterable[Text], batch_size: int) -> Tensor:
         """The memories [n, k, D] of all parts of documents, in their order."""
+        if batch_size < 1:
+            raise UsageError(f"batch_size is {batch_size}; it must be a whole number of at least 1.")
         texts = [documents] if isinstance(documents, str | os.PathLike) else list(documents)
         parts = [ids for text in texts for ids in self.parts_of(text)[1]]
         starts = range(0, len(parts), batch_size)

@@ -59,6 +59,6 @@ def nearest(keys: Tensor, given: Given, top_k: int) -> list[Near]:
     for key, memories in zip(keys.cpu(), each, strict=True):
         kept = memories.to("cpu", torch.bfloat16).float()
         similar = pooled(memories.cpu()) @ key
-        best = similar.topk(min(top_k, len(kept))).indices.tolist()
+        best = similar.argsort(descending=True, stable=True)[:top_k].tolist()
         result.append([(similar[index].item(), kept[index]) for index in best])
     return result

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from twinweave.cmt import MemoryModel
 from twinweave.data.collator import IGNORED_LABEL
 from twinweave.data.encode import check_tokenizer, encode_example, encode_prompt, join_completion, text_ids
 from twinweave.data.templates import Example
@@ -150,6 +151,8 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 def task_window(model: Any, task: Task) -> int:
     """The tokens that a row of the task may have: the task's window, or the model's own if it is smaller."""
     own = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if isinstance(model, MemoryModel):
+        own = model.window
     return min(task.max_length, own) if isinstance(own, int) and own > 0 else task.max_length
 
 

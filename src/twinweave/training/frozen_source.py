@@ -37,7 +37,7 @@ def source_of(model: object) -> FrozenSource | None:
         base: Any = model.get_base_model()
         return FrozenSource(base, model.base_fingerprint, model.gate.hidden_size, True, model.frozen_states)
     if isinstance(model, MemoryModel):
-        width = model.compressor.tokens.shape[1]
+        width = model.compressor.width
 
         def states(**batch: Tensor) -> FrozenStates:
             found = model.frozen_states(**batch)
