@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["structured", "isotropic"])
     parser.add_argument("--width", type=int, default=1024, help="D, the numbers of a key")
     parser.add_argument("--memory-tokens", type=int, default=24, help="k, so that a memory has k x D x 2 bytes")
-    parser.add_argument("--batch", type=int, default=64, help="documents of one change")
+    parser.add_argument("--batch", type=int, default=256, help="documents of one change, as in `memory add`")
     parser.add_argument("--flat-questions", type=int, default=20)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--no-memory", dest="isolated", action="store_false", help="leave out the peak memory")

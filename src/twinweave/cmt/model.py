@@ -147,7 +147,7 @@ class MemoryModel(nn.Module):
         rows = zip(texts, names, told, strict=True)
         return [entry.id for entries in self.memorizing(rows, batch_size) for entry in entries]
 
-    def memorizing(self, documents: Iterable[Document], batch_size: int = 64) -> Iterator[list[Entry]]:
+    def memorizing(self, documents: Iterable[Document], batch_size: int = 256) -> Iterator[list[Entry]]:
         """Memorize a stream of (document, id or None, metadata), what became of each of a batch at a time.
 
         A batch is in the bank, by one change, when it is yielded; no more than a batch is held. See `memorize`.

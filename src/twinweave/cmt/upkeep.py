@@ -18,7 +18,7 @@ _CELL = 1_600  # memories in a cell of the index
 _CELLS = 512
 _PROBED = 64  # cells that are looked into at least, and a third of more; a memory in them takes 16 nanoseconds
 _REFINED = 32  # so many times as many memories as are asked for are compared by their whole keys
-_FILES = 64  # files of one change each, from which on they are put together if half of the bank is in them
+_FILES = 64  # files of one change each, from which on they are put together if a quarter of the bank is in them
 _MANY_FILES = 1_024  # and whatever there is in them
 
 
@@ -42,7 +42,7 @@ def tidy(table: Any) -> None:
     count = table.count_rows()
     files = table.stats()["fragment_stats"]
     scattered = count - files["lengths"]["max"] if files["num_fragments"] else 0
-    if files["num_fragments"] > (_FILES if scattered >= count / 2 else _MANY_FILES):
+    if files["num_fragments"] > (_FILES if scattered >= count / 4 else _MANY_FILES):
         table.optimize()  # what is older than a week is deleted from disk, too
     index = index_of(table)
     lacking = count if index is None else index.num_unindexed_rows or 0
