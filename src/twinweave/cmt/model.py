@@ -414,7 +414,10 @@ class MemoryModel(nn.Module):
         """Identifies what a memory means: the base, the settings of the compressor and its weights as they are now."""
         weights = [(n, p) for n, p in self.compressor.own_parameters()]
         adapter = self.compressor.peft.active_peft_config
-        sizes = {"memory_tokens": self.settings.memory_tokens, "document_tokens": self.settings.document_tokens}
+        sizes: dict[str, Any] = {
+            "memory_tokens": self.settings.memory_tokens,
+            "document_tokens": self.settings.document_tokens,
+        }
         sizes |= {name: getattr(adapter, name, None) for name in _OF_THE_ADAPTER}
         known = sizes, tuple((p.data_ptr(), p._version) for _, p in weights)
         if self._fingerprint is None or self._fingerprint[0] != known:
