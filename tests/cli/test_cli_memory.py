@@ -7,6 +7,7 @@ import random
 import signal
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from twinweave import CMTConfig, MemoryModel
 from twinweave.cli import main
 from twinweave.cmt import MemoryBank, upkeep
 from twinweave.cmt.rows import Memory
+from twinweave.errors import UsageError
 from twinweave.pocket import base_dir, rows
 
 TEXTS = [row["text"] for row in rows("documents")[:60]]
@@ -149,10 +151,7 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(work, call):
     failed(call("add", "0.txt", "--bank", "memory"), 2, "no name of a bank")
     failed(call("add", "0.txt", "--model", "nowhere"), 2, "There is no memory model in nowhere")
     (work / "empty.txt").write_text(" \n")
-    failed(call("add", "empty.txt"), 1, "empty.txt")
-    for line in ('{"text": 1}', "[1]", "{", '{"text": " "}', '{"text": "a", "id": [1]}'):
-        (work / "bad.jsonl").write_text(json.dumps({"text": TEXTS[1]}) + "\n" + line)
-        failed(call("add", "bad.jsonl"), 1, "bad.jsonl, line 2")
+    failed(call("add", "empty.txt"), 1, "empty.txt", "1 skipped")
     for command in (["ask", QUESTION], ["list"], ["forget", "a"], ["stats"], ["versions"], ["restore", "1"]):
         failed(call(*command), 2, "There is no bank at memory.lance")
     assert not (work / "memory.lance").exists()
@@ -160,6 +159,86 @@ def test_what_cannot_be_done_is_said_and_nothing_is_written(work, call):
     failed(call("restore", 99), 2, "no version 99")
     failed(call("list", "--where", "year"), 2, "--where year")
     failed(call("ask", " "), 2, "no question")
+
+
+BAD_LINES = (
+    '{"text": 1}',
+    "[1]",
+    "{",
+    '{"text": " "}',
+    '{"text": "a", "id": [1]}',
+    '{"text": "a", "id": " "}',
+    '{"text": "a", "id": "\\ud800"}',
+    '{"text": "a", "": 1}',
+    '{"text": "a", "x": NaN}',
+)
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_is_added(work, call):
+    (work / "notes" / "[a] empty.txt").write_text(" \n")
+    (work / "notes" / "latin.md").write_bytes("Größe".encode("latin-1"))
+    good = [json.dumps({"text": text}) for text in TEXTS[7:9]]
+    (work / "notes" / "bad.jsonl").write_text("\n".join((good[0], *BAD_LINES, "", good[1])))
+    result = call("add", "notes", "1.txt")
+    failed(result, 1, "notes/[a] empty.txt", "empty", "notes/latin.md", "not UTF-8", f"{2 + len(BAD_LINES)} skipped")
+    failed(result, 1, *(f"notes/bad.jsonl, line {number}" for number in range(2, 2 + len(BAD_LINES))))
+    assert "5 added, 0 replaced, 0 known before; 5 in all" in result[1]
+    assert {"notes/b.md", "notes/deeper/a.txt", "1.txt"} < set(listed())
+    (work / "notes" / "latin.md").write_text("Größe")
+    assert "1 added, 0 replaced, 5 known before; 6 in all" in call("add", "notes", "1.txt")[1]
+
+
+def test_a_path_is_one_document_however_it_is_written(work, call):
+    done(call("add", "./notes/b.md", "notes/../0.txt"))
+    assert {name: d["metadata"] for name, d in listed().items()} == {
+        "notes/b.md": {"source": "notes/b.md"},
+        "0.txt": {"source": "0.txt"},
+    }
+    (work / "notes" / "b.md").write_text(TEXTS[9])
+    (work / "0.txt").write_text(TEXTS[10])
+    out = done(call("add", "notes/deeper/../b.md", "./0.txt"))
+    assert "0 added, 2 replaced" in out
+    assert "replaced:  notes/b.md, 0.txt\n" in out
+    assert "2 taken out; 0 left" in done(call("forget", "./notes/b.md", "./0.txt"))
+
+
+def test_an_answer_without_memories_is_said(work, call, models, tmp_path_factory, monkeypatch):
+    done(call("add", "0.txt", "1.txt"))
+    ask = ("ask", QUESTION, "--max-new-tokens", 2, "--show")
+    _, out, err = call(*ask)
+    assert "without a memory" not in err
+    assert "not used" not in out
+    assert "without a memory: no document has what --where asks for" in call(*ask, "--where", "year=1")[2]
+    done(call("forget", "0.txt"))
+    opening = MemoryModel.from_pretrained
+
+    def strict(*args, **options):
+        model = opening(*args, **options)
+        model.settings = replace(model.settings, min_similarity=1.0)
+        return model
+
+    monkeypatch.setattr(MemoryModel, "from_pretrained", strict)
+    _, out, err = call(*ask)
+    assert "without a memory: the nearest is similar" in err
+    assert "not used" in out
+    done(call("forget", "1.txt"))
+    assert "without a memory: the bank is empty" in call(*ask)[2]
+
+
+def test_whoever_is_stopped_before_the_first_batch_has_named_the_model(work, call, models, monkeypatch):
+    def stopped(*_):
+        raise UsageError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryBank, "add", stopped)
+        failed(call("add", "0.txt", "--model", models / "other"), 2, "stopped")
+    assert json.loads((work / "memory.lance" / "model.json").read_text())["model"] == str(models / "other")
+    done(call("add", "0.txt"))
+    assert str(models / "other") in done(call("stats"))
+    (work / "strange.lance").mkdir()
+    (work / "strange.lance" / "mine").touch()
+    failed(call("add", "0.txt", "--bank", "strange.lance"), 2, "holds mine and is no bank")
+    assert [p.name for p in (work / "strange.lance").iterdir()] == ["mine"]
 
 
 # --- other processes --------------------------------------------------------------------------------------------------

@@ -34,8 +34,14 @@ class ModelRecord:
     def write(self, bank: MemoryBank) -> None:
         """Remember this in the bank's folder; paths become whole ones."""
         record = ModelRecord(lasting(self.model) or self.model, lasting(self.base), self.dtype)
-        if "://" not in bank.place and read_record(bank) != record:  # on an object store --model says it each time
+        if "://" not in bank.place and read_record(bank) != record:
             write_json_atomic(Path(bank.place) / RECORD_NAME, asdict(record))
+
+    def begin(self, bank: MemoryBank) -> None:
+        """Remember this before the bank has a document, unless the folder is something else's."""
+        folder = Path(bank.place)
+        if bank.exists or not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            self.write(bank)
 
 
 def read_record(bank: MemoryBank) -> ModelRecord | None:

@@ -1,21 +1,24 @@
 """`twinweave memory`: a bank of documents that a model answers from."""
 
 import json
+import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
+from ..cmt import MemoryBank, MemoryModel
+from ..cmt.rows import Hit
 from ..errors import UsageError
-from ..progress import progress_bar
+from ..progress import progress_bar, say
 from .banks import ModelRecord, existing, open_memory, read_record
 from .read import Precision
 from .shared import out
-from .texts import bytes_of, stream_of
+from .texts import Streamed, bytes_of, stream_of
 
 memory = typer.Typer(
     help="Keep documents in a bank, and ask a model that answers from it.",
@@ -24,6 +27,7 @@ memory = typer.Typer(
 )
 
 _SHOWN = 100
+_NAMED = 5  # replaced documents that are named
 BankOption = Annotated[str, typer.Option(help="The bank, a folder that ends in .lance.")]
 ModelOption = Annotated[
     str | None,
@@ -52,8 +56,8 @@ def add(
     """Compress documents once, and keep them.
 
     Each file is a document, and each line of a JSONL file: `{"text": …, "id": …, …}`, where the rest is metadata. Texts
-    that are in the bank already are skipped; another text under the same path or id replaces the old one. Whenever it
-    is stopped, the same command does the rest.
+    that are in the bank already are skipped; another text under the same path or id replaces the old one. What cannot
+    be read is said and skipped. Whenever it is stopped, the same command does the rest.
 
     Example: `twinweave memory add notes/ articles.jsonl --bank notes.lance`
     """
@@ -61,12 +65,16 @@ def add(
     opened = _opened(bank, model, base, dtype and str(dtype))
     record, memories = opened
     begun, counts, tokens = time.monotonic(), Counter[str](), 0
+    replaced: list[str] = []
+    skipped: list[str] = []
     with progress_bar() as bar:
         task = bar.add_task("Adding (KiB)", total=size // 1024 if size and "-" not in files else None)
         read = [0]
-        for entries in memories.memorizing(_counted(stream_of(files), read)):
+        for entries in memories.memorizing(_counted(stream_of(files, skipped), read, record, memories)):
             record.write(memories.bank)
             counts.update(entry.outcome for entry in entries)
+            if len(replaced) <= _NAMED:
+                replaced += [entry.id for entry in entries if entry.outcome == "replaced"]
             tokens += sum(entry.tokens for entry in entries)
             bar.update(task, completed=read[0] // 1024)
     seconds = max(time.monotonic() - begun, 1e-9)
@@ -74,10 +82,14 @@ def add(
     typer.echo(
         f"documents: {counts['added']} added, {counts['replaced']} replaced, {counts['known']} known before; "
         f"{len(memories.bank)} in all\n"
+        f"{_named(replaced)}"
         f"tokens:    {tokens:,} compressed\n"
         f"time:      {seconds:.1f} seconds ({total / seconds:,.1f} documents/s, {tokens / seconds:,.0f} tokens/s)\n"
         f"bank:      {bank}"
     )
+    if skipped:
+        say(f"{len(skipped)} skipped, since they could not be read. Mend them, and run the command again.")
+        raise typer.Exit(1)
 
 
 @memory.command()
@@ -102,11 +114,15 @@ def ask(
     answer = opened.generate(
         question, top_k=top_k, where=condition, contrast=contrast, max_new_tokens=max_new_tokens, do_sample=False
     )
+    hits, least = opened.search(question, top_k, condition)[0], opened.settings.min_similarity
+    if reason := _unused(hits, least, condition):
+        say(escape(f"The answer is the base's own, without a memory: {reason}."))
     typer.echo(answer)
     if show:
         table = Table("document", "part", "similarity", "metadata")
-        for hit in opened.search(question, top_k, condition)[0]:
-            table.add_row(escape(hit.id), str(hit.part), f"{hit.similarity:.3f}", escape(_json(hit.metadata)))
+        for hit in hits:
+            far = "" if least is None or hit.similarity >= least else " (too far, not used)"
+            table.add_row(escape(hit.id), str(hit.part), f"{hit.similarity:.3f}{far}", escape(_json(hit.metadata)))
         out.print(table)
 
 
@@ -140,6 +156,8 @@ def forget(
     Example: `twinweave memory forget notes/a.md`
     """
     opened = existing(bank)
+    as_given = opened.digests_of(ids)
+    ids = [name if name in as_given else os.path.normpath(name) for name in ids]
     there = opened.digests_of(ids)
     if strange := [name for name in ids if name not in there]:
         raise UsageError(
@@ -211,10 +229,8 @@ def conditions_of(given: Iterable[str] | None) -> dict[str, list[Any]] | None:
     return found or None
 
 
-def _opened(bank: str, model: str | None, base: str | None, dtype: str | None) -> tuple[ModelRecord, Any]:
+def _opened(bank: str, model: str | None, base: str | None, dtype: str | None) -> tuple[ModelRecord, MemoryModel]:
     """The model that the bank remembers, or another place where it lies now, with the bank."""
-    from ..cmt import MemoryBank
-
     old = read_record(MemoryBank(bank))
     record = ModelRecord(
         model or (old.model if old else "pocket"),
@@ -224,10 +240,29 @@ def _opened(bank: str, model: str | None, base: str | None, dtype: str | None) -
     return record, open_memory(record.model, bank, record.base, record.dtype)
 
 
-def _counted(documents: Iterable[Any], read: list[int]) -> Iterator[tuple[Any, str | None, dict[str, Any]]]:
-    for source, name, metadata, size in documents:
+def _counted(
+    documents: Iterable[Streamed], read: list[int], record: ModelRecord, memories: MemoryModel
+) -> Iterator[tuple[Any, str | None, dict[str, Any]]]:
+    """The documents for the model, which the bank remembers once there is one of them."""
+    for number, (source, name, metadata, size) in enumerate(documents):
+        if not number:
+            record.begin(memories.bank)
         read[0] += size
         yield source, name, metadata
+
+
+def _named(replaced: list[str]) -> str:
+    """A line with the documents that were replaced, if they are few."""
+    return f"replaced:  {', '.join(replaced)}\n" if 0 < len(replaced) <= _NAMED else ""
+
+
+def _unused(hits: Sequence[Hit], least: float | None, condition: Any) -> str | None:
+    """Why a question was answered without memories; None if it was not."""
+    if not hits:
+        return "no document has what --where asks for" if condition else "the bank is empty"
+    if least is None or hits[0].similarity >= least:
+        return None
+    return f"the nearest is similar to the question by {hits[0].similarity:.3f}, and the model takes {least} at least"
 
 
 def _json(value: Any) -> str:

@@ -7,13 +7,16 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import typer
+from rich.markup import escape
 
+from ..cmt.rows import json_of
 from ..errors import DataError, UsageError
 from ..progress import say
 from ..text import digest_and_pieces
@@ -57,24 +60,77 @@ def bytes_of(arguments: Iterable[str]) -> int:
     return sum(file.stat().st_size for argument in arguments for file in _stored(argument))
 
 
-def stream_of(arguments: Iterable[str]) -> Iterator[tuple[str | Path, str | None, dict[str, Any], int]]:
-    """The documents of files, folders, JSONL files (one on each line: `text`, an `id` if it has one, and the rest is
-    metadata) and `-` (standard input), one at a time: the text or its file, its id, metadata, and its bytes.
+Streamed = tuple[str | Path, str | None, dict[str, Any], int]
+"""A text or the file it is in, its id, metadata, and its bytes."""
 
-    A file's id is its path. Raises DataError for a text that is missing, empty or not UTF-8, with its place.
+
+def stream_of(arguments: Iterable[str], skipped: list[str]) -> Iterator[Streamed]:
+    """The documents of files, folders, JSONL files (one on each line: `text`, an `id` if it has one, and the rest is
+    metadata) and `-` (standard input), one at a time.
+
+    A file's id is its path, normalised. A text that is missing, empty or not UTF-8, or a line that is no document, is
+    said and left out, and its place goes into `skipped`.
     """
+    for place, read in _places_of(arguments):
+        try:
+            document = read()
+        except DataError as error:
+            message = str(error)
+            say(escape(f"skipped {message if place in message else f'{place}: {message}'}"))
+            skipped.append(place)
+        else:
+            yield document
+
+
+def _places_of(arguments: Iterable[str]) -> Iterator[tuple[str, Callable[[], Streamed]]]:
+    """Where there is a document, and what reads it, or raises DataError."""
     for argument in arguments:
         if argument == "-":
-            text = _decoded(typer.get_binary_stream("stdin").read(), "standard input")
-            _digest("standard input", text)
-            yield text, None, {"source": "standard input"}, 0
+            yield "standard input", _standard_input
         for file in _stored(argument):
-            if file.suffix.lower() == ".jsonl":
-                yield from _lines_of(file)
-            else:
-                _digest(str(file), file)
-                name = argument if str(file) == str(Path(argument)) else str(file)
-                yield file, name, {"source": name}, file.stat().st_size
+            if file.suffix.lower() != ".jsonl":
+                yield os.path.normpath(file), partial(_file, file)
+                continue
+            with file.open("rb") as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        place = f"{os.path.normpath(file)}, line {number}"
+                        yield place, partial(_entry, place, line)
+
+
+def _standard_input() -> Streamed:
+    name = "standard input"
+    text = _decoded(typer.get_binary_stream("stdin").read(), name)
+    _digest(name, text)
+    return text, None, {"source": name}, 0
+
+
+def _file(file: Path) -> Streamed:
+    name = os.path.normpath(file)
+    _digest(name, file)
+    return file, name, {"source": name}, file.stat().st_size
+
+
+def _entry(place: str, line: bytes) -> Streamed:
+    """A line of a JSONL file. Raises DataError with its place."""
+    try:
+        row = json.loads(line.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is no JSON ({error}). Mend it, and run the command again.") from error
+    if not isinstance(row, dict):
+        raise DataError(f'{place} is no object. Give {{"text": "...", "id": "..."}} on each line.')
+    text = row.pop("text", None)
+    if not isinstance(text, str):
+        raise DataError(f'{place} has no text. Give {{"text": "...", "id": "..."}} on each line.')
+    name = row.pop("id", None)
+    if isinstance(name, bool) or not isinstance(name, str | int | None) or (isinstance(name, str) and not name.strip()):
+        raise DataError(f"{place} has the id {name!r}. Give a text, or leave it out.")
+    try:
+        json_of(row if name is None else {"id": name} | row)
+    except UsageError as error:
+        raise DataError(f"{place}: {error}") from error
+    _digest(place, text)
+    return text, None if name is None else str(name), row, len(line)
 
 
 def _stored(argument: str) -> list[Path]:
@@ -86,26 +142,6 @@ def _stored(argument: str) -> list[Path]:
     if not path.is_file():
         raise UsageError(f"There is no file or folder '{argument}'. Check the path; - is standard input.")
     return [path]
-
-
-def _lines_of(file: Path) -> Iterator[tuple[str, str | None, dict[str, Any], int]]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            place = f"{file}, line {number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:
-                raise DataError(f"{place} is no JSON ({error}). Mend it, and run the command again.") from error
-            text = row.pop("text", None) if isinstance(row, dict) else None
-            if not isinstance(text, str):
-                raise DataError(f'{place} has no text. Give {{"text": "...", "id": "..."}} on each line.')
-            name = row.pop("id", None)
-            if isinstance(name, bool) or not isinstance(name, str | int | None):
-                raise DataError(f"{place} has the id {name!r}. Give a text, or leave it out.")
-            _digest(place, text)
-            yield text, None if name is None else str(name), row, len(line)
 
 
 def _sources(argument: str) -> list[tuple[str, str | Path]]:

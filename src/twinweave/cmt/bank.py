@@ -165,13 +165,15 @@ class MemoryBank:
 
     # --- writing ----------------------------------------------------------------------------------------------------
 
-    def add(self, memories: Sequence[Memory]) -> None:
+    def add(self, memories: Sequence[Memory]) -> dict[str, str]:
         """Add documents, all in one change, each with all its parts. A document whose id is there is replaced.
 
-        Raises UsageError for part of a document, and DamagedFileError where the bank cannot be written.
+        A new one whose text is in the bank under another id, as another process may have added it meanwhile, is left
+        out; returns those: id -> the id that the text has. Raises UsageError for part of a document, and
+        DamagedFileError where the bank cannot be written.
         """
         if not memories:
-            return
+            return {}
         if self.compressor is None or self.shape is None:
             raise UsageError(f"There is no bank at {self.path}. Say whose memories it shall hold.")
         rows, schema = rows_of(memories, self.compressor, self.shape), schema_of(self.compressor, self.shape)
@@ -179,6 +181,13 @@ class MemoryBank:
         with self.writing(), self._errors():
             table = self._open() or self._create(schema)
             before = {row["id"]: row["parts"] for row in self._rows_with("id", list(parts))}
+            digests = {memory.id: memory.digest for memory in memories if memory.id not in before}
+            # whoever loses this text to the same change does not keep it from having another name
+            held = {digest: name for digest, name in self.ids_of([*digests.values()]).items() if name not in parts}
+            left_out = {name: held[digest] for name, digest in digests.items() if digest in held}
+            rows = [row for row in rows if row["id"] not in left_out]
+            if not rows:
+                return left_out
             left = [
                 gone(name, part, self.compressor)
                 for name, count in before.items()
@@ -194,6 +203,7 @@ class MemoryBank:
             else:
                 table.add(as_arrow(rows, schema))
             upkeep.tidy(table)
+        return left_out
 
     def remove(self, ids: Sequence[str]) -> list[str]:
         """Take documents out, all in one change; the ids that were there."""

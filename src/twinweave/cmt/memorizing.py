@@ -1,7 +1,8 @@
 """From documents to rows of the bank: which of them are new, and one change for each batch."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, Literal
 
 from ..errors import UsageError
@@ -12,6 +13,7 @@ from .rows import Memory, json_of
 
 Document = tuple[Text, str | None, Mapping[str, Any]]
 """A text, its id (or None) and its metadata."""
+Outcome = Literal["added", "known", "replaced"]
 _AT_ONCE = 16  # texts of one pass of the compressor
 
 
@@ -20,45 +22,65 @@ class Entry:
     """What became of a document: the id it has in the bank, and how many of its tokens were compressed."""
 
     id: str
-    outcome: Literal["added", "known", "replaced"]
+    outcome: Outcome
     tokens: int
 
 
+def batches_of(documents: Iterable[Document], batch_size: int) -> Iterator[list[Document]]:
+    """The documents, so many at a time. Raises UsageError for a number that is none."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise UsageError(f"batch_size is {batch_size!r}; it must be a whole number of at least 1.")
+    stream = iter(documents)
+    while batch := list(islice(stream, batch_size)):
+        yield batch
+
+
 def memorize(reader: Reader, bank: MemoryBank, batch: Sequence[Document]) -> list[Entry]:
-    """One change of the bank: those of the documents that are not in it, with all their parts. Of two under one name
-    the last counts, and a text that any of them has is in the bank afterwards."""
+    """One change of the bank: those of the documents that are not in it, with all their parts, as if one came after
+    the other. A text whose old name another text of the batch takes stays in the bank under its new one."""
     for _, name, metadata in batch:
         if name is not None and (not isinstance(name, str) or not name.strip()):
             raise UsageError(f"{name!r} is no id. Give each document a name that is a text.")
         json_of(metadata)
     read = [reader.parts_of(text) for text, *_ in batch]
-    name_of = bank.ids_of([digest for digest, _ in read])
-    names = [name or digest[:16] for (_, name, _), (digest, _) in zip(batch, read, strict=True)]
+    digests = [digest for digest, _ in read]
+    names = [name or digest[:16] for (_, name, _), digest in zip(batch, digests, strict=True)]
+    outcomes, new, name_of = _placed(bank, names, digests)
+    left_out = bank.add(_memories_of(reader, batch, read, new))
+    entries = []
+    for name, outcome, (digest, parts) in zip(names, outcomes, read, strict=True):
+        if outcome == "known" or name in left_out:
+            place = name_of.get(digest, name)
+            entries.append(Entry(left_out.get(place, place), "known", 0))
+        else:
+            entries.append(Entry(name, outcome, sum(map(len, parts))))
+    return entries
+
+
+def _placed(
+    bank: MemoryBank, names: Sequence[str], digests: Sequence[str]
+) -> tuple[list[Outcome], dict[str, int], dict[str, str]]:
+    """What becomes of each document, which of them are to be written (name -> number), and where each text is then."""
+    name_of = bank.ids_of(digests)
     digest_of = bank.digests_of(list({*names, *name_of.values()}))
-    last = {name: number for number, name in enumerate(names)}
+    outcomes: list[Outcome] = ["known"] * len(names)
     new: dict[str, int] = {}
-    entries = [Entry("", "known", 0)] * len(batch)
-    undecided = list(range(len(batch)))
-    while undecided:
-        for number in undecided:
-            name, (digest, parts) = names[number], read[number]
+    last = {name: number for number, name in enumerate(names)}
+    waiting: Sequence[int] = range(len(names))
+    while waiting:
+        for number in waiting:
+            name, digest = names[number], digests[number]
             if digest in name_of:
-                entries[number] = Entry(name_of[digest], "known", 0)
                 continue
             before = digest_of.get(name)
-            if before is not None:
-                name_of.pop(before, None)  # whoever brings that text again brings something new
-            outcome: Literal["added", "replaced"] = "added" if before is None else "replaced"
-            entries[number] = Entry(name, outcome, sum(map(len, parts)))
+            if before is not None and name_of.get(before) == name:
+                del name_of[before]  # whoever brings that text again brings something new
+            outcomes[number] = "added" if before is None else "replaced"
             digest_of[name], name_of[digest], new[name] = digest, name, number
-        # the document that a text was known by may have got another text since, and this one keeps it then
-        undecided = [
-            number
-            for number, entry in enumerate(entries)
-            if entry.outcome == "known" and read[number][0] not in name_of and last[names[number]] == number
-        ]
-    bank.add(_memories_of(reader, batch, read, new))
-    return entries
+        # a text that was known may have lost its name to one that came later; a name gets its last text only once, so
+        # this ends
+        waiting = [number for number in last.values() if digests[number] not in name_of]
+    return outcomes, new, name_of
 
 
 def _memories_of(
