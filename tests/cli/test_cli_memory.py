@@ -272,7 +272,7 @@ def test_whoever_is_killed_leaves_whole_documents_and_the_same_command_does_the_
     for moment in range(3):
         process = processes.Process(target=bank_processes.add, args=(file, bank, models / "other", said))
         process.start()
-        while is_whole(bank) < 8 * (moment + 1) and process.is_alive():
+        while len(MemoryBank(bank)) < 8 * (moment + 1) and process.is_alive():
             time.sleep(0.01)
         time.sleep(random.Random(moment).random() * 0.2)
         process.kill()
