@@ -257,8 +257,10 @@ def is_whole(path):
     bank = MemoryBank(path)
     if not bank.exists:
         return 0
-    documents = list(bank.documents())
-    assert bank.memories == sum(d["parts"] for d in documents)
+    memories, documents = None, []
+    while memories != bank.memories:  # until both are of one version, since another process adds meanwhile
+        memories, documents = bank.memories, list(bank.documents())
+    assert memories == sum(d["parts"] for d in documents)
     assert len({d["digest"] for d in documents}) == len(documents)
     return len(documents)
 
