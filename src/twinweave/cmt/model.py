@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from itertools import islice
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ from .compressor import Compressor
 from .config import CMTConfig
 from .contrast import ContrastWithoutMemory
 from .learning import IGNORED, asked, belonging, matching_loss, seen_of
-from .memorizing import Document, Entry, memorize
+from .memorizing import Document, Entry, batches_of, memorize
 from .objective import contrasted
 from .prefix import Prefix, fill, setting, shapes_of, take_cache
 from .reading import Reader, Text
@@ -152,10 +151,7 @@ class MemoryModel(nn.Module):
 
         A batch is in the bank, by one change, when it is yielded; no more than a batch is held. See `memorize`.
         """
-        if batch_size < 1:
-            raise UsageError(f"batch_size is {batch_size}; it must be a whole number of at least 1.")
-        stream = iter(documents)
-        while batch := list(islice(stream, batch_size)):
+        for batch in batches_of(documents, batch_size):
             yield memorize(self.reader, self.bank, batch)
 
     def forget(self, ids: str | Iterable[str]) -> list[str]:
