@@ -1,11 +1,10 @@
-"""Which bases, adapters and options of generation go with memories. Knows nothing about how they are carried."""
+"""Which adapters and options of generation go with memories. Knows nothing about how they are carried."""
 
 from typing import Any
 
 from peft import PeftConfig
 from transformers import PreTrainedModel
 
-from ..decoder import decoder_of
 from ..errors import UnsupportedModelError, UsageError
 from .prefix import setting
 
@@ -13,26 +12,6 @@ from .prefix import setting
 _AHEAD = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 _OF_THE_BASE = ("modules_to_save", "trainable_token_indices", "layer_replication", "kasa_config")
 _MOVED_STARTS = ("pissa", "olora", "corda", "lora_ga", "loftq")
-
-
-def check_base(base: Any) -> None:
-    """Raise UnsupportedModelError for a base that cannot answer from memories."""
-    fault = None
-    if not isinstance(base, PreTrainedModel):
-        fault = "is not a transformers model"
-    elif not base.can_generate() or base.get_output_embeddings() is None:
-        fault = "has no language-model head"
-    elif decoder_of(base) is None:
-        fault = "has no decoder of its own below its head"
-    elif base.config.is_encoder_decoder:
-        fault = "is an encoder-decoder"
-    elif getattr(base, "peft_config", None) or any("lora_" in name for name, _ in base.named_parameters()):
-        fault = "already carries an adapter"
-    if fault:
-        raise UnsupportedModelError(
-            f"{type(base).__name__} {fault}, so it cannot carry memories. Load the base with "
-            "AutoModelForCausalLM.from_pretrained."
-        )
 
 
 def check_adapter(adapter: PeftConfig) -> None:

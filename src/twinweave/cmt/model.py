@@ -19,13 +19,13 @@ from transformers import DynamicCache, LogitsProcessorList, PreTrainedModel, Pre
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from ..checkpointing import checkpointing, is_asked_for
-from ..decoder import with_last_hidden_state
+from ..decoder import check_causal_lm, with_last_hidden_state
 from ..errors import TwinweaveError, UsageError
 from ..fingerprint import fingerprint
 from . import saving
 from .aggregator import Aggregator, pooled
 from .bank import MemoryBank, Where
-from .checks import check_adapter, check_base, check_generation
+from .checks import check_adapter, check_generation
 from .compressor import Compressor
 from .config import CMTConfig
 from .contrast import ContrastWithoutMemory
@@ -59,7 +59,7 @@ class MemoryModel(nn.Module):
         bank: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
-        check_base(base)
+        check_causal_lm(base, "it cannot carry memories")
         self.settings = config or CMTConfig()
         adapter = adapter or LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
         check_adapter(adapter)

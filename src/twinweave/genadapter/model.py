@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpointing import Scope, checkpointing, is_asked_for
-from ..decoder import decoder_of
+from ..decoder import check_causal_lm, decoder_of
 from ..errors import BaseMismatchError, DamagedFileError, DataError, UnsupportedModelError, UsageError
 from ..fingerprint import fingerprint
 from ..text import chunks_of, digest_and_pieces
@@ -47,7 +47,7 @@ class GenerativeAdapter(nn.Module):
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         super().__init__()
-        _check_base(base)
+        check_causal_lm(base, "no adapter can be generated for it")
         self.settings = config or GenerativeAdapterConfig()
         self.base_fingerprint = fingerprint(base)
         self.base = base.requires_grad_(False)
@@ -407,22 +407,3 @@ def _decoder(base: PreTrainedModel) -> nn.Module:
     decoder = decoder_of(base)
     assert decoder is not None
     return decoder
-
-
-def _check_base(base: Any) -> None:
-    fault = None
-    if not isinstance(base, PreTrainedModel):
-        fault = "is not a transformers model"
-    elif not base.can_generate() or base.get_output_embeddings() is None:
-        fault = "has no language-model head"
-    elif decoder_of(base) is None:
-        fault = "has no decoder of its own below its head"
-    elif base.config.is_encoder_decoder:
-        fault = "is an encoder-decoder"
-    elif getattr(base, "peft_config", None) or any("lora_" in name for name, _ in base.named_parameters()):
-        fault = "already carries an adapter"
-    if fault:
-        raise UnsupportedModelError(
-            f"{type(base).__name__} {fault}, so no adapter can be generated for it. Load the base with "
-            "AutoModelForCausalLM.from_pretrained."
-        )

@@ -11,7 +11,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..decoder import decoder_of
+from ..decoder import check_causal_lm
 from ..errors import UnsupportedModelError, UsageError
 from .adapters import adapter_layers
 from .starts import START, moved_start
@@ -27,20 +27,7 @@ _STATEFUL = {
 
 def check_base(base: Any) -> None:
     """Raise UnsupportedModelError unless `base` is a transformers causal LM: decoder, then head, able to generate."""
-    fault = None
-    if not isinstance(base, PreTrainedModel):
-        fault = "is not a transformers model"
-    elif not base.can_generate() or base.get_output_embeddings() is None:
-        fault = "has no language-model head"
-    elif decoder_of(base) is None:
-        fault = "has no decoder of its own below its head"
-    elif base.config.is_encoder_decoder:
-        fault = "is an encoder-decoder"
-    if fault:
-        raise UnsupportedModelError(
-            f"{type(base).__name__} {fault}, so its memories cannot be woven. Load the base with "
-            "AutoModelForCausalLM.from_pretrained."
-        )
+    check_causal_lm(base, "its memories cannot be woven", bare=False)
     if base.config.model_type in _STATEFUL and getattr(base.config, "rescale_every", 1) > 0:
         raise UnsupportedModelError(f"{type(base).__name__} {_STATEFUL[base.config.model_type]}")
     if adapter_layers(base):
